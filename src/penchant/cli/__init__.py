@@ -1,0 +1,57 @@
+"""The command line: one module a verb. Heavy libraries are imported inside the verb that needs them."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from penchant import __version__
+from penchant.cli.console import err
+from penchant.cli.demo import demo_command
+from penchant.cli.doctor import doctor_command
+from penchant.cli.evaluate import evaluate_command
+from penchant.cli.fetch import fetch_command
+from penchant.cli.fit import fit_command
+from penchant.cli.prepare import prepare_command
+from penchant.cli.prompt import prompt_command
+from penchant.cli.recommend import recommend_command
+from penchant.errors import PenchantError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="A causal language model as a recommender.",
+)
+app.command("fetch")(fetch_command)
+app.command("prepare")(prepare_command)
+app.command("fit")(fit_command)
+app.command("recommend")(recommend_command)
+app.command("evaluate")(evaluate_command)
+app.command("prompt")(prompt_command)
+app.command("doctor")(doctor_command)
+app.command("demo")(demo_command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"penchant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """A causal language model as a recommender."""
+
+
+def main() -> None:
+    """Run a verb. A mistake of the user's is one message on stderr and exit code 2; a bug keeps its traceback."""
+    try:
+        app()
+    except PenchantError as error:
+        err.print(f"error: {error}")
+        sys.exit(2)

@@ -1,0 +1,125 @@
+"""``penchant demo``: MovieLens-100K and SmolLM2-135M, end to end, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from penchant.cli.console import progress
+
+if TYPE_CHECKING:
+    from penchant.cli.console import Stages
+    from penchant.data.split import Split
+    from penchant.engine.transformers import TransformersEngine
+    from penchant.recommend import Recommender
+    from penchant.run_folder import FitConfig
+
+_SHOWN = ("42", "7", "600")
+_LLM_USERS = 100
+
+
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Fit again though the run is there.")] = False,
+) -> None:
+    """Fetch, prepare, embed, train, retrieve, rank; then three users' top ten and an honest table."""
+    from penchant.engine.noise import quiet_libraries
+
+    quiet_libraries()
+    from penchant.data.dataset import Dataset
+    from penchant.data.split import leave_last_out
+    from penchant.engine.loading import load_engine
+    from penchant.evaluation.evaluate import evaluate
+    from penchant.fetch import fetch
+    from penchant.interest.encoder import EncoderConfig
+    from penchant.run_folder import FitConfig
+
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - begun
+
+    with timed("fetch"):
+        data, _ = fetch("movielens-100k"), fetch("smollm2-135m")
+    with timed("prepare"):
+        dataset = Dataset.read(data / "interactions.csv", data / "items.csv")
+        split = leave_last_out(dataset)
+    typer.echo(f"{dataset}\n{split.summary()}")
+    with timed("load the model"):
+        engine = load_engine("smollm2-135m")
+    # Twenty epochs are where validation stops rising within the demo's two minutes.
+    config = FitConfig(encoder=EncoderConfig(epochs=20), validation_users=100)
+    with progress() as stages:
+        begun = time.perf_counter()
+        model, loaded = _fit_or_load(split, engine, config, out, fresh=fresh, stages=stages)
+        if loaded:
+            seconds["open the run"] = time.perf_counter() - begun
+        else:
+            seconds.update(model.seconds)
+        with timed("evaluate"):
+            report = evaluate(model, llm_users=_LLM_USERS, stages=stages)
+        with timed("recommend"):
+            _recommend(model, out)
+    typer.echo("")
+    typer.echo(report.to_text())
+    typer.echo("")
+    typer.echo("where the seconds went" + (f" ({out} was there already: opened, not fitted)" if loaded else ""))
+    for name, value in seconds.items():
+        typer.echo(f"  {name:<24} {value:7.1f}")
+    typer.echo(f"  {'in all':<24} {sum(seconds.values()):7.1f}")
+    typer.echo("")
+    typer.echo(f"next: penchant recommend {out} --user 42")
+    typer.echo(str(out))
+
+
+def _fit_or_load(
+    split: Split, engine: TransformersEngine, config: FitConfig, out: Path, *, fresh: bool, stages: Stages
+) -> tuple[Recommender, bool]:
+    """The run in ``out`` if it was made from the same data, model, templates and settings; else a new one."""
+    from penchant.prompt import Templates
+    from penchant.recommend import Recommender
+    from penchant.run_folder import read_manifest
+
+    if (out / "manifest.json").is_file() and not fresh:
+        found = read_manifest(out)
+        wanted = config.model_dump(mode="json")
+        made_with = {**found["config"], "layer": wanted["layer"]}  # resolved when the run was fitted
+        if (found["data"], found["fingerprint"], found["templates"], made_with) == (
+            split.dataset.content_hash,
+            engine.fingerprint,
+            Templates().hash(),
+            wanted,
+        ):
+            return Recommender.load(out, engine), True
+    model = Recommender.fit(split, engine, config, stages=stages)
+    model.save(out)
+    return model, False
+
+
+def _recommend(model: Recommender, out: Path) -> None:
+    """Show three users, and write everybody's top ten: the LLM ranks the three, the encoder alone the others."""
+    import polars as pl
+
+    from penchant.files import staged_file
+
+    shown = model.recommend(list(_SHOWN), 10)
+    for user in _SHOWN:
+        history = model.log.item[model.log.all_of(model.user(user))][-5:]
+        typer.echo(f"\nuser {user}, lately:")
+        for item in history:
+            typer.echo(f"     {model.texts[item]}")
+        typer.echo("  recommended:")
+        for row in shown.filter(pl.col("user_id") == user).iter_rows(named=True):
+            typer.echo(f"  {row['rank']:>2} {row['title']:<60.60} {row['score']:+.3f}  {row['stage']}")
+    others = [user for user in model.log.user_ids if user not in _SHOWN]
+    everybody = pl.concat([shown, model.recommend(others, 10, method="retrieve")])
+    with staged_file(out / "recommendations.parquet") as stage, stage.open("wb") as handle:
+        everybody.write_parquet(handle)

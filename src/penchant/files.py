@@ -1,0 +1,144 @@
+"""Files written whole or not at all, and hashes of what they hold."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from penchant.errors import StorageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# polars and safetensors write in Rust: their errors carry the number in the text alone.
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def _disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    found = _RUST_OS_ERROR.search(str(error))
+    return found is not None and int(found.group(1)) in _FULL
+
+
+@contextmanager
+def _as_storage_error(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if _disk_full(error):
+            raise StorageError(
+                f"no room to write it ({error}); nothing was left behind",
+                where=str(target),
+                remedy="free disk space (or raise the file-size limit) and run the same command again",
+            ) from error
+        if isinstance(error, PermissionError):
+            raise StorageError(
+                f"permission denied ({error})", where=str(target), remedy="write to a folder you own"
+            ) from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes ``target`` if the block ends well.
+
+    On any error the temporary folder is removed and ``target`` stays as it was. A full disk
+    becomes a StorageError.
+    """
+    target = Path(target)
+    with _as_storage_error(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        try:
+            yield stage
+            for path in sorted(stage.rglob("*")):
+                if path.is_file():
+                    _sync(path)
+            stage.chmod(0o755)
+            if target.exists():
+                # A folder cannot be replaced in one step: move the old one aside, then the new one in.
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+                os.replace(target, old / "was")
+                try:
+                    os.replace(stage, target)
+                except OSError:
+                    os.replace(old / "was", target)
+                    raise
+                shutil.rmtree(old)
+            else:
+                os.replace(stage, target)
+            _sync(target.parent)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary sibling path that becomes the file ``target`` if the block ends well."""
+    target = Path(target)
+    with _as_storage_error(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+        stage = Path(name)
+        try:
+            yield stage
+            stage.chmod(0o644)
+            _sync(stage)
+            os.replace(stage, target)
+        except BaseException:
+            stage.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented UTF-8 JSON, atomically."""
+    with staged_file(path) as stage:
+        stage.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours; a missing or torn one is a StorageError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StorageError(
+            "no such file", where=str(path), remedy="check the path; the folder may not be one of ours"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StorageError(
+            f"not valid JSON ({error})", where=str(path), remedy="the file is corrupt: make the folder again"
+        ) from error
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_text(*parts: str) -> str:
+    """Hex SHA-256 over parts, each length-prefixed so that ("ab", "c") and ("a", "bc") differ."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,92 @@
+"""Which items may be recommended: ids allowed or denied, and predicates on item columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from penchant.errors import ConfigError, DataError
+from penchant.schema import ITEM
+
+_CONDITION = re.compile(r"\s*(?P<column>.+?)\s*(?P<operator>!=|>=|<=|!~|=|~|>|<)\s*(?P<value>.*?)\s*$", re.DOTALL)
+
+
+def parse_condition(text: str) -> pl.Expr:
+    """A predicate from the command line: COLUMN OPERATOR VALUE, with = != ~ !~ (contains) and > >= < <= (numbers).
+
+    VALUE is compared as text or as a number; it is never a pattern or a program.
+    """
+    found = _CONDITION.match(text)
+    if not found:
+        raise ConfigError(
+            f"cannot read the condition {text!r}", where="--where", remedy="write e.g. genres~Comedy or price<=20"
+        )
+    column, operator, value = pl.col(found["column"]), found["operator"], found["value"]
+    if operator in ("=", "!="):
+        equal = column.cast(pl.String) == value
+        return equal if operator == "=" else ~equal
+    if operator in ("~", "!~"):
+        contains = column.cast(pl.String).str.contains(value, literal=True)
+        return contains if operator == "~" else ~contains
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"{value!r} is not a number", where=f"--where {text}", remedy="compare text with = or ~"
+        ) from error
+    numeric = column.cast(pl.Float64, strict=False)
+    return {">": numeric > number, ">=": numeric >= number, "<": numeric < number, "<=": numeric <= number}[operator]
+
+
+def item_mask(
+    items: pl.DataFrame,
+    item_index: dict[str, int],
+    *,
+    allow: Sequence[str] | None = None,
+    deny: Sequence[str] | None = None,
+    where: pl.Expr | None = None,
+) -> NDArray[np.bool_] | None:
+    """The mask (n_items,) of items that pass all filters given; None when there is none.
+
+    An unknown id, or a predicate on a column the items lack, is an error; a null counts as not passing.
+    """
+    if allow is None and deny is None and where is None:
+        return None
+    mask = np.ones(items.height, dtype=bool)
+    if allow is not None:
+        mask[:] = False
+        mask[indices(allow, item_index, "allow")] = True
+    if deny is not None:
+        mask[indices(deny, item_index, "deny")] = False
+    if where is not None:
+        try:
+            passed = items.select(where.alias("passed").cast(pl.Boolean)).to_series()
+        except pl.exceptions.PolarsError as error:
+            raise ConfigError(
+                f"the item filter cannot be applied: {str(error).splitlines()[0]}",
+                where="where",
+                remedy=f"the items have the columns {', '.join(items.columns)}",
+            ) from error
+        if len(passed) != items.height:
+            raise ConfigError("the item filter gives no value an item", where="where", remedy="compare columns")
+        mask &= passed.fill_null(False).to_numpy()
+    return mask
+
+
+def indices(ids: Sequence[str], item_index: dict[str, int], where: str) -> NDArray[np.int32]:
+    """Item indices of ids, in their order; DataError naming the unknown ones."""
+    if isinstance(ids, str):
+        raise ConfigError(f"{where} is one text, not a list of item ids", remedy=f"pass [{ids!r}]")
+    unknown = [str(i) for i in ids if str(i) not in item_index]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise DataError(
+            f"unknown item {', '.join(map(repr, unknown[:5]))}{more}",
+            where=f"{where}, column {ITEM}",
+            remedy="use ids of the catalogue this model was fitted on",
+        )
+    return np.array([item_index[str(i)] for i in ids], dtype=np.int32)

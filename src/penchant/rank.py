@@ -1,0 +1,155 @@
+"""Candidates to scores by the LLM: likelihood, calibrated likelihood, and its fusion with the interest score.
+
+log p(title | history) says how likely the LLM finds an item next. Titles differ in how likely they are
+as text alone, so log p(title | no history) is taken out, wholly or in part. Both the LLM's and the
+encoder's scores are standardised among a user's candidates and mixed; validation chooses the mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penchant import metrics
+from penchant.errors import ModelError
+from penchant.prompt import Rendered, Templates
+
+if TYPE_CHECKING:
+    from penchant.engine import Engine, Progress
+
+# How much of the no-history likelihood is taken out, and how much the LLM weighs: what validation chooses from.
+CALIBRATIONS = (0.0, 0.5, 1.0)
+WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """score = (1 - weight) * z(interest) + weight * z(log p(title | history) - calibration * log p(title))."""
+
+    weight: float
+    calibration: float
+    valid_ndcg: float | None = None  # NDCG@10 on the validation users it was chosen on
+    interest_ndcg: float | None = None  # the interest score's own, on the same users and candidates
+    n_users: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def scores(
+        self, interest: NDArray[np.floating], likelihood: NDArray[np.floating], prior: NDArray[np.floating]
+    ) -> NDArray[np.float64]:
+        """Fused scores of one user's candidates, all arguments and the result of shape (n,)."""
+        llm = zscore(likelihood - self.calibration * prior)
+        return (1 - self.weight) * zscore(interest) + self.weight * llm
+
+
+def zscore(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Mean 0 and deviation 1 over a user's candidates; all zeros where they don't differ."""
+    centred = np.asarray(values, dtype=np.float64) - np.mean(values)
+    deviation = centred.std()
+    return centred / deviation if deviation > 0 else np.zeros_like(centred)
+
+
+def choose_fusion(
+    interest: Sequence[NDArray[np.floating]],
+    likelihood: Sequence[NDArray[np.floating]],
+    prior: Sequence[NDArray[np.floating]],
+    target: Sequence[int],
+) -> Fusion:
+    """The mixture with the best NDCG@10 on validation users; among equals the one that leans least on the LLM.
+
+    Each sequence has one entry a user, arrays over that user's candidates; ``target`` is the position of
+    the true item among them, -1 where retrieval missed it.
+    """
+
+    def quality(fusion: Fusion) -> float:
+        rank = []
+        for e, lik, p, t in zip(interest, likelihood, prior, target, strict=True):
+            if t < 0:
+                rank.append(len(e) + 1_000)
+            else:
+                scores = fusion.scores(e, lik, p)
+                rank.append(int((scores >= scores[t]).sum()))
+        return float(metrics.ndcg(np.array(rank), 10).mean()) if rank else 0.0
+
+    alone = quality(Fusion(0.0, 0.0))
+    best, best_quality = Fusion(0.0, 0.0), alone
+    for weight in WEIGHTS[1:]:
+        for calibration in CALIBRATIONS:
+            found = quality(Fusion(weight, calibration))
+            if found > best_quality:
+                best, best_quality = Fusion(weight, calibration), found
+    return Fusion(best.weight, best.calibration, best_quality, alone, len(target))
+
+
+class Ranker:
+    """The LLM's likelihoods of items, for one engine, catalogue and set of templates."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        templates: Templates,
+        texts: Sequence[str],
+        *,
+        max_history: int,
+        prompt_tokens: int,
+        prior: NDArray[np.float64] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._templates = templates
+        self._texts = texts
+        self._max_history = max_history
+        self._prompt_tokens = prompt_tokens
+        self._terminator = templates.headers["next_item"].terminator
+        self._item_tokens: dict[int, tuple[int, ...]] = {}
+        # log p(item | no history) in nats, NaN where not yet needed.
+        self.prior = np.full(len(texts), np.nan) if prior is None else prior
+
+    def tokens(self, items: Sequence[int] | NDArray[np.integer]) -> list[tuple[int, ...]]:
+        """The items' canonical token sequences, terminator included."""
+        missing = sorted({int(i) for i in items} - self._item_tokens.keys())
+        if missing:
+            encoded = self._engine.codec.encode_items([self._texts[i] for i in missing], self._terminator)
+            self._item_tokens.update(zip(missing, encoded, strict=True))
+        return [self._item_tokens[int(i)] for i in items]
+
+    def prompt(self, history: NDArray[np.integer]) -> Rendered:
+        """The next-item prompt of a history (item indices, oldest first), cut to its newest events."""
+        recent = history[-self._max_history :] if self._max_history else history[:0]
+        rendered = self._templates.render(
+            "next_item",
+            {"history": [{"text": self._texts[int(i)]} for i in recent]},
+            count=lambda prompt: len(self._engine.codec.encode(prompt)),
+            budget=self._prompt_tokens,
+        )
+        return Rendered(rendered.prompt, rendered.n_tokens, rendered.dropped + len(history) - len(recent))
+
+    def likelihoods(
+        self,
+        histories: Sequence[NDArray[np.integer]],
+        candidates: Sequence[NDArray[np.integer]],
+        progress: Progress | None = None,
+    ) -> list[NDArray[np.float64]]:
+        """log p(item, terminator | history) in nats for each user's candidates: one array a user."""
+        prompts = [self.prompt(h).prompt for h in histories]
+        out = self._engine.score(prompts, [self.tokens(c) for c in candidates], progress=progress)
+        for user, scores in enumerate(out):
+            if not np.isfinite(scores).all():
+                raise ModelError(
+                    f"the model gave a likelihood that is not a number for row {user}",
+                    where="ranking",
+                    remedy="load it with dtype='float32'",
+                )
+        return out
+
+    def priors(self, items: NDArray[np.integer], progress: Progress | None = None) -> NDArray[np.float64]:
+        """log p(item, terminator | no history) in nats, (n,); each item is computed once."""
+        missing = np.unique(items[np.isnan(self.prior[items])])
+        if missing.size:
+            empty = self.prompt(np.zeros(0, dtype=np.int32)).prompt
+            self.prior[missing] = self._engine.score([empty], [self.tokens(missing)], progress=progress)[0]
+        return self.prior[items]

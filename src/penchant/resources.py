@@ -1,0 +1,27 @@
+"""Where the files shipped with the package lie: prompts, recipe configurations, evaluation tasks.
+
+They stand at the repository's top level, where people read and change them; the wheel carries a copy
+inside the package. An editable install has no copy and reads the originals.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from penchant.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent
+_ORIGINAL = {"prompts": "prompts", "configs": "finetune/configs", "tasks": "eval/tasks"}
+
+
+def shipped(kind: Literal["prompts", "configs", "tasks"]) -> Path:
+    """The folder of that kind; ConfigError where the installation lacks it."""
+    for folder in (_PACKAGE / "_shipped" / kind, _PACKAGE.parents[1] / _ORIGINAL[kind]):
+        if folder.is_dir():
+            return folder
+    raise ConfigError(
+        f"the shipped {kind} are missing",
+        where=str(_PACKAGE),
+        remedy="install penchant again: the wheel carries them",
+    )

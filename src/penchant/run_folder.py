@@ -1,0 +1,160 @@
+"""A fitted recommender on disk: plain files that any tool can open, none of them a pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from penchant import __version__
+from penchant.data.dataset import Dataset
+from penchant.data.split import Split
+from penchant.errors import StorageError
+from penchant.files import read_json, sha256_file, staged_folder, write_json
+from penchant.interest.encoder import EncoderConfig, InterestEncoder
+from penchant.interest.vectors import standardise
+from penchant.prompt import NAMES, Templates
+from penchant.rank import Fusion
+
+
+class FitConfig(BaseModel):
+    """All that fitting decides besides the data and the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoder: EncoderConfig = Field(default_factory=EncoderConfig, description="the interest encoder")
+    layer: int | None = Field(default=None, description="LLM layer of the item vectors; None: two thirds up")
+    pooling: Literal["mean", "last"] = Field(default="mean", description="pooling of the item vectors over tokens")
+    candidates: int = Field(default=20, ge=1, description="retrieved items that the LLM ranks")
+    max_history: int = Field(default=20, ge=1, description="newest events in a prompt")
+    prompt_tokens: int = Field(default=768, ge=16, description="tokens of a prompt; the oldest events go first")
+    validation_users: int = Field(default=100, ge=1, description="validation users the fusion weight is chosen on")
+    seed: int = Field(default=0, description="of the sample of validation users")
+
+
+@dataclass(eq=False)
+class Fitted:
+    """All that fitting made, and all that a run folder holds.
+
+    ``texts`` are the rendered items, ``vectors`` (n_items, d) the LLM's item vectors as they came, ``prior``
+    (n_items,) the no-history log-likelihoods in nats (NaN where not needed yet), ``seconds`` where the time went.
+    """
+
+    split: Split
+    config: FitConfig
+    templates: Templates
+    texts: list[str]
+    vectors: NDArray[np.float32]
+    encoder: InterestEncoder
+    engine_source: dict[str, Any] | None
+    fingerprint: str
+    fusion: Fusion = field(default_factory=lambda: Fusion(0.0, 0.0))
+    prior: NDArray[np.float64] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    training: list[dict[str, float]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+FORMAT = 1
+_FILES = ("split.npz", "encoder.safetensors", "vectors.npy", "prior.npy")
+
+
+def save_run(model: Fitted, folder: Path) -> None:
+    """Write the run atomically; what stood there before stays until the new one is whole."""
+    with staged_folder(folder) as stage:
+        model.split.dataset.save(stage / "dataset")
+        model.split.save(stage)
+        model.encoder.save(stage / "encoder.safetensors")
+        np.save(stage / "vectors.npy", model.vectors, allow_pickle=False)
+        prior = model.prior if model.prior is not None else np.full(len(model.texts), np.nan)
+        np.save(stage / "prior.npy", prior, allow_pickle=False)
+        (stage / "prompts").mkdir()
+        for name, text in model.templates.sources.items():
+            (stage / "prompts" / f"{name}.jinja").write_text(text, encoding="utf-8")
+        write_json(
+            stage / "manifest.json",
+            {
+                "format": FORMAT,
+                "penchant": __version__,
+                "engine": model.engine_source,
+                "fingerprint": model.fingerprint,
+                "data": model.split.dataset.content_hash,
+                "templates": model.templates.hash(),
+                "split": model.split.spec,
+                "config": model.config.model_dump(mode="json"),
+                "fusion": model.fusion.to_dict(),
+                "training": model.training,
+                "seconds": {name: round(value, 2) for name, value in model.seconds.items()},
+                "warnings": model.warnings,
+                "files": {name: sha256_file(stage / name) for name in _FILES},
+            },
+        )
+
+
+def load_run(folder: Path) -> Fitted:
+    """Open a run; StorageError naming the file where one is missing, torn or not of this run."""
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != expected:
+            state = "is corrupt" if path.is_file() else "is missing"
+            raise StorageError(state, where=str(path), remedy="make the run again with `penchant fit`")
+    try:
+        dataset = Dataset.load(folder / "dataset")
+        split = Split.load(folder, dataset)
+        config = FitConfig.model_validate(manifest["config"])
+        sources = {name: (folder / "prompts" / f"{name}.jinja").read_text(encoding="utf-8") for name in NAMES}
+        templates = Templates.from_sources(sources, str(folder / "prompts"))
+        if templates.hash() != manifest["templates"]:
+            raise StorageError(
+                "differ from those the run was fitted with",
+                where=str(folder / "prompts"),
+                remedy="put them back, or fit again with --prompts FOLDER",
+            )
+        vectors: NDArray[np.float32] = np.load(folder / "vectors.npy", allow_pickle=False)
+        encoder = InterestEncoder.load(
+            folder / "encoder.safetensors",
+            config.encoder,
+            len(vectors),
+            standardise(vectors) if config.encoder.use_text else None,
+        )
+        texts = templates.item_texts(dataset.items.to_dict(as_series=False), split.log.item_ids).texts
+        return Fitted(
+            split=split,
+            config=config,
+            templates=templates,
+            texts=texts,
+            vectors=vectors,
+            encoder=encoder,
+            engine_source=manifest["engine"],
+            fingerprint=manifest["fingerprint"],
+            fusion=Fusion(**manifest["fusion"]),
+            prior=np.load(folder / "prior.npy", allow_pickle=False),
+            seconds=manifest["seconds"],
+            training=manifest["training"],
+            warnings=manifest["warnings"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ValidationError) as error:
+        raise StorageError(
+            f"cannot be opened: {type(error).__name__}: {error}", where=str(folder), remedy="make the run again"
+        ) from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run folder, checked to be one of ours and of this format."""
+    if not folder.is_dir():
+        raise StorageError("no such run", where=str(folder), remedy="make one with `penchant fit DATA --out RUN`")
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or "fingerprint" not in manifest or "files" not in manifest:
+        raise StorageError("is not a run of `penchant fit`", where=str(folder), remedy="give the folder of --out")
+    if manifest.get("format") != FORMAT:
+        raise StorageError(
+            f"has format {manifest.get('format')}, this version reads {FORMAT}",
+            where=str(folder),
+            remedy="fit it again",
+        )
+    return manifest
