@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from penchant.errors import StorageError
 from penchant.fetch import cache_folder
-from penchant.files import sha256_file, sha256_text, staged_file
+from penchant.files import save_array, sha256_file, sha256_text, staged_file
 
 
 def cached_array(
@@ -28,10 +28,8 @@ def cached_array(
             raise StorageError("is corrupt: its content is not what was written", where=str(path), remedy="delete it")
         return np.load(path, allow_pickle=False)
     array = compute()
-    root.mkdir(parents=True, exist_ok=True)
     with staged_file(root / f"{name}.npy") as stage:
-        with stage.open("wb") as handle:
-            np.save(handle, array, allow_pickle=False)
+        save_array(stage, array)
         digest = sha256_file(stage)[:16]
     (root / f"{name}.npy").replace(root / f"{name}-{digest}.npy")
     return array

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _SAMPLE_ITEMS = 64
 _SAMPLE_USERS = 4
-_SAMPLE_ROWS = 64
+_SAMPLE_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,12 @@ def estimate_fit(
     rng = np.random.default_rng(config.seed)
     items, log = split.dataset.items, split.log
     texts = templates.item_texts(items.to_dict(as_series=False), log.item_ids).texts
-    ranker = Ranker(engine, templates, texts, max_history=config.max_history, prompt_tokens=config.prompt_tokens)
+    budget = min(config.prompt_tokens, engine.context_length)
+    ranker = Ranker(engine, templates, texts, max_history=config.max_history, prompt_tokens=budget)
     lengths = np.array([len(t) for t in ranker.tokens(range(len(texts)))])
 
     some = rng.choice(len(texts), size=min(_SAMPLE_ITEMS, len(texts)), replace=False)
-    engine.embed([texts[i] for i in some[:4]])  # the first forward warms caches up
+    engine.embed([texts[i] for i in some])  # the first forwards of a process are slower
     begun = time.perf_counter()
     engine.embed([texts[i] for i in some])
     embed_rate = lengths[some].sum() / (time.perf_counter() - begun)
@@ -76,10 +77,12 @@ def estimate_fit(
     sequences = training_sequences(split)
     rows = [w for s in sequences for w in windows(s, config.encoder.max_length)]
     targets = sum(len(w) - 1 for w in rows)
-    few = [rows[i] for i in rng.choice(len(rows), size=min(_SAMPLE_ROWS, len(rows)), replace=False)]
+    sample = min(_SAMPLE_STEPS * config.encoder.batch_rows, len(rows))
+    few = [rows[i] for i in rng.choice(len(rows), size=sample, replace=False)]
     width = sizes["hidden"]
     text = rng.standard_normal((len(texts), width)).astype(np.float32) if config.encoder.use_text else None
     short = config.encoder.model_copy(update={"epochs": 1})
+    train_encoder(few[: config.encoder.batch_rows], len(texts), text, short, lambda encoder: 0.0)
     begun = time.perf_counter()
     train_encoder(few, len(texts), text, short, lambda encoder: 0.0)
     train_rate = sum(len(w) - 1 for w in few) / (time.perf_counter() - begun)

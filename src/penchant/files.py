@@ -14,9 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from penchant.errors import StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What says that no file or folder can stand at that path.
+_UNFIT = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EBUSY}
 # polars and safetensors write in Rust: their errors carry the number in the text alone.
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -32,18 +37,34 @@ def _disk_full(error: BaseException) -> bool:
 def _as_storage_error(target: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except Exception as raised:
+        # Staged in a stage: the outer target is the one that the user knows.
+        inner = raised.__cause__ if isinstance(raised, StorageError) else None
+        error = inner if isinstance(inner, Exception) else raised
         if _disk_full(error):
             raise StorageError(
                 f"no room to write it ({error}); nothing was left behind",
                 where=str(target),
                 remedy="free disk space (or raise the file-size limit) and run the same command again",
             ) from error
+        if isinstance(error, OSError) and error.errno in _UNFIT:
+            raise StorageError(
+                f"cannot be written there ({error})", where=str(target), remedy="give another path"
+            ) from error
         if isinstance(error, PermissionError):
             raise StorageError(
                 f"permission denied ({error})", where=str(target), remedy="write to a folder you own"
             ) from error
         raise
+
+
+def _make_parent(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise StorageError(
+            f"cannot be written there: {error.filename} is a file", where=str(target), remedy="give another path"
+        ) from error
 
 
 def _sync(path: Path) -> None:
@@ -62,8 +83,12 @@ def staged_folder(target: Path) -> Iterator[Path]:
     becomes a StorageError.
     """
     target = Path(target)
+    if target.name in ("", ".."):
+        raise StorageError(
+            "cannot be replaced while one works in it", where=str(target), remedy="give the path of a folder in it"
+        )
     with _as_storage_error(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         try:
             yield stage
@@ -94,7 +119,7 @@ def staged_file(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling path that becomes the file ``target`` if the block ends well."""
     target = Path(target)
     with _as_storage_error(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         os.close(handle)
         stage = Path(name)
@@ -106,6 +131,20 @@ def staged_file(target: Path) -> Iterator[Path]:
         except BaseException:
             stage.unlink(missing_ok=True)
             raise
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a .npy file without pickles, through Python's own file.
+
+    np.save goes by C's stdio: what its last flush cannot write is lost without a word.
+    """
+
+    class Writer:
+        def __init__(self) -> None:
+            self.write = handle.write
+
+    with path.open("wb") as handle:
+        np.lib.format.write_array(Writer(), array, allow_pickle=False)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -125,6 +164,10 @@ def read_json(path: Path) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StorageError(
             f"not valid JSON ({error})", where=str(path), remedy="the file is corrupt: make the folder again"
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"cannot be read ({error})", where=str(path), remedy="check the path and your rights"
         ) from error
 
 

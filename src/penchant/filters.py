@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -25,7 +26,9 @@ def parse_condition(text: str) -> pl.Expr:
         raise ConfigError(
             f"cannot read the condition {text!r}", where="--where", remedy="write e.g. genres~Comedy or price<=20"
         )
-    column, operator, value = pl.col(found["column"]), found["operator"], found["value"]
+    # pl.col would read * and ^...$ as patterns over all columns; here a column is its name.
+    column = pl.selectors.by_name(found["column"]).as_expr()
+    operator, value = found["operator"], found["value"]
     if operator in ("=", "!="):
         equal = column.cast(pl.String) == value
         return equal if operator == "=" else ~equal
@@ -34,11 +37,12 @@ def parse_condition(text: str) -> pl.Expr:
         return contains if operator == "~" else ~contains
     try:
         number = float(value)
-    except ValueError as error:
-        raise ConfigError(
-            f"{value!r} is not a number", where=f"--where {text}", remedy="compare text with = or ~"
-        ) from error
-    numeric = column.cast(pl.Float64, strict=False)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise ConfigError(f"{value!r} is not a number", where=f"--where {text}", remedy="compare text with = or ~")
+    # NaN would be greater than every number.
+    numeric = column.cast(pl.Float64, strict=False).fill_nan(None)
     return {">": numeric > number, ">=": numeric >= number, "<": numeric < number, "<=": numeric <= number}[operator]
 
 

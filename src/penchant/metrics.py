@@ -12,7 +12,8 @@ def target_rank(scores: NDArray[np.floating], target: NDArray[np.integer]) -> ND
     A target scored -inf (masked) or NaN can't be found: its rank is m + 1.
     """
     own = scores[np.arange(len(scores)), target]
-    rank = (scores >= own[:, None]).sum(axis=1)
+    # Not "at least as good" but "not worse": a competitor that is NaN counts against us too.
+    rank = (~(scores < own[:, None])).sum(axis=1)
     return np.where(np.isneginf(own) | np.isnan(own), scores.shape[1] + 1, rank)
 
 

@@ -18,7 +18,7 @@ import jinja2
 import yaml
 from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from penchant.errors import ConfigError, DataError
 from penchant.files import sha256_text
@@ -46,6 +46,10 @@ _CAPTURING = (
     nodes.Import,
     nodes.FromImport,
 )
+
+
+# Undefined attributes, what the sandbox refuses, and what a template's own expressions run into.
+_RENDERING = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 class Header(BaseModel):
@@ -88,6 +92,13 @@ class Templates:
             if not Path(folder).is_dir():
                 raise ConfigError("no such folder of templates", where=str(folder), remedy="check --prompts")
             paths.insert(0, Path(folder))
+            unknown = sorted(p.name for p in Path(folder).glob("*.jinja") if p.stem not in NAMES)
+            if unknown:
+                raise ConfigError(
+                    f"no template is called {', '.join(unknown)}",
+                    where=str(folder),
+                    remedy=f"the templates are: {', '.join(f'{name}.jinja' for name in NAMES)}",
+                )
         self.folder = None if folder is None else Path(folder)
         self._sources: dict[str, str] = {}
         for name in NAMES:
@@ -219,9 +230,9 @@ class Templates:
         kept: list[str] = []
         try:
             text = self._templates[name].render({**variables, "_kept": kept})
-        except jinja2.TemplateError as error:  # undefined attributes, and what the sandbox refuses
+        except _RENDERING as error:
             raise ConfigError(
-                f"{type(error).__name__}: {error.message}",
+                f"{type(error).__name__}: {error}",
                 where=self._where[name],
                 remedy="use only what the header's variables hold",
             ) from error
@@ -330,7 +341,7 @@ def _split_header(source: str, where: str) -> tuple[Header, str]:
         )
     try:
         header = Header.model_validate(yaml.safe_load(comment[2:]))
-    except (yaml.YAMLError, ValidationError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: pydantic's, or a YAML date like 2020-99-99
         raise ConfigError(
             f"has a header that is not valid: {error}", where=where, remedy="see prompts/ for examples"
         ) from error

@@ -220,9 +220,10 @@ class Recommender(Fitted):
     ) -> tuple[Items, NDArray[np.float32]]:
         """The encoder's top k for each history (not empty): items and scores, (n, k), padded with -1 and -inf.
 
-        ``seen`` are the items to leave out, by default each history's own.
+        k is no more than the catalogue has items. ``seen`` are the items to leave out, by default each history's own.
         """
         interest = self.encoder.encode(histories)
+        k = min(k, self.log.n_items)
         return self.index.search(interest, k, exclude=histories if seen is None else seen, allowed=allowed)
 
     def rank(
@@ -320,6 +321,8 @@ class Recommender(Fitted):
             out[i] = [(int(a), float(b), schema.STAGE_INTEREST) for a, b in zip(row, s, strict=True)]
         if method == "rank" and self.fusion.weight > 0:
             some = [j for j, (row, _) in enumerate(found) if len(row)]
+            if not some:
+                return out
             top = self.config.candidates
             candidates = [found[j][0][:top] for j in some]
             fused = self.rank([known[j] for j in some], candidates, [found[j][1][:top] for j in some])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from penchant import __version__
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split
 from penchant.errors import StorageError
-from penchant.files import read_json, sha256_file, staged_folder, write_json
+from penchant.files import read_json, save_array, sha256_file, staged_folder, write_json
 from penchant.interest.encoder import EncoderConfig, InterestEncoder
 from penchant.interest.vectors import standardise
 from penchant.prompt import NAMES, Templates
@@ -33,7 +34,7 @@ class FitConfig(BaseModel):
     max_history: int = Field(default=20, ge=1, description="newest events in a prompt")
     prompt_tokens: int = Field(default=768, ge=16, description="tokens of a prompt; the oldest events go first")
     validation_users: int = Field(default=100, ge=1, description="validation users the fusion weight is chosen on")
-    seed: int = Field(default=0, description="of the sample of validation users")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the sample of validation users")
 
 
 @dataclass(eq=False)
@@ -64,14 +65,15 @@ _FILES = ("split.npz", "encoder.safetensors", "vectors.npy", "prior.npy")
 
 
 def save_run(model: Fitted, folder: Path) -> None:
-    """Write the run atomically; what stood there before stays until the new one is whole."""
+    """Write the run atomically; the run that stood there before stays until the new one is whole."""
+    check_target(folder)
     with staged_folder(folder) as stage:
         model.split.dataset.save(stage / "dataset")
         model.split.save(stage)
         model.encoder.save(stage / "encoder.safetensors")
-        np.save(stage / "vectors.npy", model.vectors, allow_pickle=False)
+        save_array(stage / "vectors.npy", model.vectors)
         prior = model.prior if model.prior is not None else np.full(len(model.texts), np.nan)
-        np.save(stage / "prior.npy", prior, allow_pickle=False)
+        save_array(stage / "prior.npy", prior)
         (stage / "prompts").mkdir()
         for name, text in model.templates.sources.items():
             (stage / "prompts" / f"{name}.jinja").write_text(text, encoding="utf-8")
@@ -92,6 +94,20 @@ def save_run(model: Fitted, folder: Path) -> None:
                 "warnings": model.warnings,
                 "files": {name: sha256_file(stage / name) for name in _FILES},
             },
+        )
+
+
+def check_target(folder: Path) -> None:
+    """Saving replaces the folder: StorageError where it holds something that is no run."""
+    if os.path.isfile(folder):
+        raise StorageError("is a file", where=str(folder), remedy="give a folder to write into")
+    # A run that lost one of its files may be made again in its place.
+    is_run = sum((folder / name).is_file() for name in ("manifest.json", *_FILES)) >= len(_FILES)
+    if os.path.isdir(folder) and any(folder.iterdir()) and not is_run:
+        raise StorageError(
+            "the folder holds something that is no run, and saving would replace it",
+            where=str(folder),
+            remedy="give a new folder (--out)",
         )
 
 
@@ -149,7 +165,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise StorageError("no such run", where=str(folder), remedy="make one with `penchant fit DATA --out RUN`")
     manifest = read_json(folder / "manifest.json")
-    if not isinstance(manifest, dict) or "fingerprint" not in manifest or "files" not in manifest:
+    if not isinstance(manifest, dict) or "fingerprint" not in manifest or not isinstance(manifest.get("files"), dict):
         raise StorageError("is not a run of `penchant fit`", where=str(folder), remedy="give the folder of --out")
     if manifest.get("format") != FORMAT:
         raise StorageError(

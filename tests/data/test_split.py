@@ -306,12 +306,12 @@ def test_a_moment_without_a_zone_is_utc_and_another_zone_is_the_same_moment() ->
     assert naive.test.position.tolist() == aware.test.position.tolist()
 
 
-@pytest.mark.parametrize(("valid", "test"), [(0.1, 0.1), (0.2, 0.3), (0.3, 0.3), (0.1, 0.8), (0.5, 0.4)])
+@pytest.mark.parametrize(("valid", "test"), [(0.1, 0.1), (0.2, 0.3), (0.3, 0.3), (0.1, 0.8), (0.29, 0.57)])
 def test_shares_are_the_shares_of_events_in_each_window(valid: float, test: float) -> None:
-    rows = [(f"u{n % 3}", str(n % 5 + 1), n) for n in range(20)]
+    rows = [(f"u{n % 3}", str(n % 5 + 1), n) for n in range(100)]
     split = global_time(made(rows), valid_share=valid, test_share=test)
-    assert (len(split.valid), len(split.test)) == (round(20 * valid), round(20 * test))
-    assert int(split.train.sum()) == 20 - round(20 * valid) - round(20 * test)
+    assert (len(split.valid), len(split.test)) == (round(100 * valid), round(100 * test))
+    assert int(split.train.sum()) == 100 - round(100 * valid) - round(100 * test)
 
 
 @settings(max_examples=60, deadline=None)

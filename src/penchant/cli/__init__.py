@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -50,6 +51,9 @@ def _root(
 
 def main() -> None:
     """Run a verb. A mistake of the user's is one message on stderr and exit code 2; a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a title that the terminal cannot show is no reason to stop
     try:
         app()
     except PenchantError as error:

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Stages = Callable[[str, int | None], Callable[[int], None]]
 
-# Titles come from outside: never read their brackets as markup.
-err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+# Titles come from outside: never read their brackets as markup or their colons as emoji.
+err = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ def demo_command(
     from penchant.engine.loading import load_engine
     from penchant.evaluation.evaluate import evaluate
     from penchant.fetch import fetch
+    from penchant.files import write_json
     from penchant.interest.encoder import EncoderConfig
     from penchant.run_folder import FitConfig
 
@@ -68,6 +69,7 @@ def demo_command(
             report = evaluate(model, llm_users=_LLM_USERS, stages=stages)
         with timed("recommend"):
             _recommend(model, out)
+    write_json(out / "report.json", {**report.to_dict(), "demo_seconds": seconds, "fitted_now": not loaded})
     typer.echo("")
     typer.echo(report.to_text())
     typer.echo("")

@@ -53,7 +53,10 @@ def fit_command(
     if out is None and not dry_run:
         raise ConfigError("no folder to write to", where="fit", remedy="give --out RUN, or --dry-run")
     from penchant.data.dataset import Dataset
+    from penchant.run_folder import check_target
 
+    if out is not None:
+        check_target(out)  # now, not when the work is done
     chosen = _config(
         config,
         {
@@ -132,13 +135,13 @@ def _config(path: Path | None, options: dict[str, Any], encoder: dict[str, Any])
     if path is not None:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date like 2020-99-99
             raise ConfigError(f"cannot be read as YAML: {error}", where=str(path), remedy="check --config") from error
     if not isinstance(values, dict):
         raise ConfigError("holds no mapping of settings", where=str(path), remedy="write e.g. `candidates: 20`")
     values |= {name: value for name, value in options.items() if value is not None}
     inner = {name: value for name, value in encoder.items() if value is not None}
-    if inner:
+    if inner and isinstance(values.get("encoder") or {}, dict):
         values["encoder"] = {**(values.get("encoder") or {}), **inner}
     try:
         return FitConfig.model_validate(values)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, DataError
 
 
 def prompt_command(
@@ -23,6 +23,8 @@ def prompt_command(
     """Print the rendered prompt, its length in tokens, and what was cut."""
     if template not in ("next_item", "user", "yes_no", "choose"):
         raise ConfigError(f"unknown template {template!r}", remedy="use next_item, user, yes_no or choose")
+    if item is not None and template != "yes_no":
+        raise ConfigError(f"the template {template} asks about no item", where="--item", remedy="use --template yes_no")
     from penchant.engine.noise import quiet_libraries
 
     quiet_libraries()
@@ -39,14 +41,20 @@ def prompt_command(
         recent = history[-config.max_history :]
         given: dict[str, Any] = {"history": [{"text": model.texts[i]} for i in recent]}
         retrieved = model.retrieve([history], config.candidates)[0][0]
+        retrieved = retrieved[retrieved >= 0]
+        if template != "user" and item is None and not len(retrieved):
+            raise DataError(
+                f"user {user!r} has every item already, so there is none to ask about",
+                where="prompt",
+                remedy="give --item with --template yes_no, or another user",
+            )
         if template == "yes_no":
             chosen = retrieved[0] if item is None else indices([item], model.log.item_index, "--item")[0]
             given["item"] = {"text": model.texts[chosen]}
         if template == "choose":
             labels = string.ascii_uppercase + string.ascii_lowercase
             given["candidates"] = [
-                {"label": label, "text": model.texts[i]}
-                for label, i in zip(labels, retrieved[retrieved >= 0], strict=False)
+                {"label": label, "text": model.texts[i]} for label, i in zip(labels, retrieved, strict=False)
             ]
         rendered = model.templates.render(
             template,

@@ -43,6 +43,7 @@ def recommend_command(
 
     quiet_libraries()
     from penchant.recommend import Recommender
+    from penchant.tokens import clean
 
     answer = Recommender.load(run).recommend(
         user or None,
@@ -69,7 +70,8 @@ def recommend_command(
         return
     for row in answer.iter_rows(named=True):
         name = "" if row["user_id"] is None else f"{row['user_id']}\t"
-        typer.echo(f"{name}{row['rank']}\t{row['item_id']}\t{row['title']}\t{row['score']:.4f}\t{row['stage']}")
+        title = clean(row["title"], None)  # a title may hold line breaks, or what a terminal would obey
+        typer.echo(f"{name}{row['rank']}\t{row['item_id']}\t{title}\t{row['score']:.4f}\t{row['stage']}")
 
 
 def _ids(text: str | None) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -200,12 +201,13 @@ def _penchant_version() -> str:
 
 
 def _check_target(folder: Path) -> None:
-    """Saving replaces the folder: it must not be one that holds something of another kind."""
-    if folder.is_file():
+    """Saving replaces the folder: it must not be one that holds anything but a dataset."""
+    if os.path.isfile(folder):
         raise DataError("is a file", where=str(folder), remedy="give a folder to write into")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    others = {path.name for path in folder.iterdir()} - {MANIFEST, *_FILES} if os.path.isdir(folder) else set()
+    if others:
         raise DataError(
-            "the folder holds other files, and saving would replace it",
+            f"the folder holds other files ({min(others)}), and saving would replace it",
             where=str(folder),
             remedy="give a new folder (--out)",
         )
@@ -232,7 +234,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             where=str(folder),
             remedy="run penchant prepare again with this version",
         )
-    lacking = [key for key in ("counts", "content_hash", "files", "report") if key not in manifest]
+    kinds = {"counts": dict, "content_hash": str, "files": dict, "report": dict}
+    lacking = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
     if lacking:
         raise StorageError(
             f"the manifest lacks {', '.join(lacking)}",

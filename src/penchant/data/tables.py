@@ -247,7 +247,7 @@ def _the(path: Path | None) -> Path:
 
 
 def _check_exists(path: Path, where: str) -> None:
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError("no such file", where=where, remedy="check the path")
     if not path.is_file():
         raise DataError("not a file", where=where, remedy="give one CSV, TSV, Parquet or JSONL file")

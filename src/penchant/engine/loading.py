@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from penchant.engine.transformers import TransformersEngine
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+
+_MODELS = sorted(name for name, known in KNOWN.items() if known.kind == "model")
 
 # Files that decide what a model says. No pickled weights: safetensors only.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -58,21 +61,33 @@ def load_engine(
     where = _device(device)
     _require_weights(folder)
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: PreTrainedModel
+        loaded, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises no less, and malformed JSON ends in errors of any type
         raise ModelError(
             f"cannot be loaded as a causal language model: {error}",
             where=str(folder),
             remedy="the folder needs config.json, safetensors weights and a tokenizer, all of one model",
         ) from error
-    loaded = loaded.to(where)
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise ModelError(
+            f"lacks {len(names)} of the model's weights, such as {names[0]}; they would be random",
+            where=str(folder),
+            remedy="config.json and the weights must be of one causal language model: fetch or save it again",
+        )
+    try:
+        loaded = loaded.to(where)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ConfigError(f"cannot move the model to device {device!r}: {error}", remedy="use auto or cpu") from error
     fingerprint = _fingerprint(folder)
     if adapter is not None:
         adapter_folder = _resolve(adapter, "adapter")
@@ -96,11 +111,11 @@ def load_engine(
 
 def resolve_model(model: str | Path) -> Path:
     """The local folder of a model: fetched by name, a folder as it is, or a snapshot of a hub id."""
-    return fetch(model) if isinstance(model, str) and model in KNOWN else _resolve(model, "model")
+    return fetch(model) if isinstance(model, str) and model in _MODELS else _resolve(model, "model")
 
 
 def _resolve(name: str | Path, kind: str) -> Path:
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=_PATTERNS))
@@ -112,7 +127,7 @@ def _resolve(name: str | Path, kind: str) -> Path:
         raise ModelError(
             f"no such {kind} folder, and the hub did not give it: {str(error).splitlines()[0]}",
             where=str(name),
-            remedy=f"check the name and the network, or use one of: {', '.join(sorted(KNOWN))}",
+            remedy=f"check the name and the network, or use one of: {', '.join(_MODELS)}",
         ) from error
 
 

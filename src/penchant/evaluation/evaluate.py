@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from penchant import metrics
 from penchant.data.history import Targets
-from penchant.errors import DataError
+from penchant.errors import ConfigError, DataError
 from penchant.evaluation.report import Report, Row
 from penchant.evaluation.statistics import bootstrap_mean
 from penchant.interest.vectors import standardise
@@ -44,6 +44,9 @@ def evaluate(
 
     ``llm_users`` targets, drawn with ``seed``, go through the LLM stage (0: none do).
     """
+    for name, value, least in (("k", k, 1), ("llm_users", llm_users, 0), ("seed", seed, 0)):
+        if value < least:
+            raise ConfigError(f"{name} is {value}", where="evaluate", remedy=f"give {least} or more")
     targets = model.split.test if targets is None else targets
     if len(targets) == 0:
         raise DataError(
@@ -57,9 +60,11 @@ def evaluate(
     seconds["encoder and baselines"] = time.perf_counter() - begun
     rows = _rows(f"all {len(targets):,} test targets, whole catalogue of {model.log.n_items:,}", plain, k, seed)
     notes = _notes(model, targets)
-    if llm_users > 0:
+    chosen = _sample(targets, llm_users, seed)
+    if llm_users > 0 and not len(chosen):
+        notes.append("no target has a history, so the LLM stage ran on none")
+    if len(chosen):
         begun = time.perf_counter()
-        chosen = _sample(targets, llm_users, seed)
         reranked, inside = _llm_ranks(model, targets.take(chosen), stages)
         seconds["LLM stage"] = time.perf_counter() - begun
         group = (
@@ -68,7 +73,7 @@ def evaluate(
         )
         some = {name: rank[chosen] for name, rank in plain.items()}
         rows += _rows(group, {**some, **reranked}, k, seed)
-        rows += _random_order(group, inside, model.config.candidates, k, seed)
+        rows += _random_order(group, inside, min(model.config.candidates, model.log.n_items), k, seed)
         fused, encoder = reranked[_fused_name(model.fusion)], some["encoder"]
         rows.append(
             Row(

@@ -39,7 +39,7 @@ class EncoderConfig(BaseModel):
     batch_rows: int = Field(default=32, ge=1, description="histories in a training step")
     learning_rate: float = Field(default=2e-3, gt=0, description="AdamW's peak, after warm-up, before cosine decay")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW")
-    seed: int = Field(default=0, description="of initial weights, dropout and the order of batches")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of initial weights, dropout and the order of batches")
 
 
 class _Block(nn.Module):
@@ -150,5 +150,5 @@ def pad(rows: Sequence[NDArray[np.integer]]) -> tuple[torch.Tensor, torch.Tensor
     length = torch.tensor([len(r) for r in rows])
     ids = torch.zeros((len(rows), int(length.max())), dtype=torch.long)
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.int64))
+        ids[i, : len(row)] = torch.from_numpy(np.array(row, dtype=np.int64))
     return ids, length
