@@ -61,6 +61,8 @@ class FakeEngine:
         k: int,
         *,
         allowed: Sequence[NDArray[np.bool_] | None] | None = None,
+        bonus: NDArray[np.floating] | None = None,
+        beams: int | None = None,
         max_expansions: int = 20_000,
         progress: Progress | None = None,
     ) -> list[list[Generation]]:
@@ -69,9 +71,10 @@ class FakeEngine:
             self.score(prompts, [[trie.sequence(i) for i in range(trie.n_items)]] * len(prompts))
         ):
             mask = None if allowed is None else allowed[row]
-            order = np.lexsort((np.arange(len(scores)), -scores))
-            kept = [i for i in order if mask is None or mask[i]][:k]
-            out.append([Generation(int(i), float(scores[i]), True) for i in kept])
+            ranked = scores if bonus is None else scores + bonus
+            order = np.lexsort((np.arange(len(ranked)), -ranked))
+            kept = [i for i in order if trie.alive[i] and (mask is None or mask[i])][:k]
+            out.append([Generation(int(i), float(scores[i]), float(ranked[i]), 0.0, ()) for i in kept])
         return out
 
     def embed(

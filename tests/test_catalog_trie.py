@@ -37,13 +37,12 @@ def test_nodes_are_the_distinct_prefixes_in_depth_first_order(items: list[tuple[
 
 
 @given(sequences, st.data())
-def test_items_filters_and_children_agree_with_brute_force(items: list[tuple[int, ...]], data: st.DataObject) -> None:
+def test_items_below_and_children_agree_with_brute_force(items: list[tuple[int, ...]], data: st.DataObject) -> None:
     trie = CatalogTrie.build(items)
-    allowed = np.array(data.draw(st.lists(st.booleans(), min_size=len(items), max_size=len(items))))
-    below = trie.count_below(allowed)
     for node, path in enumerate(paths(trie)):
         assert trie.ending_at(node).tolist() == [i for i, item in enumerate(items) if item == path]
-        assert below[node] == sum(a for a, item in zip(allowed, items, strict=True) if item[: len(path)] == path)
+        below = trie.item_order[trie.first_item[node] : trie.last_item[node]]
+        assert sorted(below.tolist()) == [i for i, item in enumerate(items) if item[: len(path)] == path]
     for i, item in enumerate(items):
         assert tuple(trie.sequence(i)) == item
     nodes = np.array(data.draw(st.lists(st.integers(0, trie.n_nodes - 1), max_size=6)), dtype=np.int64)
@@ -51,6 +50,24 @@ def test_items_filters_and_children_agree_with_brute_force(items: list[tuple[int
     assert [(int(p), int(c)) for p, c in zip(position, child, strict=True)] == [
         (p, int(c)) for p, node in enumerate(nodes) for c in trie.children(int(node))
     ]
+
+
+@given(sequences, st.lists(st.tuples(st.integers(0, 40), st.integers(0, 4)), max_size=20))
+def test_a_step_leads_where_a_dictionary_says(items: list[tuple[int, ...]], asked: list[tuple[int, int]]) -> None:
+    trie = CatalogTrie.build(items)
+    known = {path: node for node, path in enumerate(paths(trie))}
+    where = paths(trie)
+    asked = [(node % trie.n_nodes, token) for node, token in asked]
+    got = trie.step(np.array([n for n, _ in asked], dtype=np.int64), np.array([t for _, t in asked], dtype=np.int64))
+    assert got.tolist() == [known.get((*where[node], token), -1) for node, token in asked]
+
+
+def test_removed_items_are_marked_and_everything_else_is_shared() -> None:
+    trie = CatalogTrie.build([(1, 2), (1, 3), (4,)])
+    fewer = trie.without([1])
+    assert fewer.alive.tolist() == [True, False, True]
+    assert trie.alive.all()
+    assert fewer.token is trie.token
 
 
 def test_equal_titles_share_a_node_in_catalogue_order() -> None:

@@ -92,7 +92,7 @@ def test_metrics_agree_with_ir_measures(k: int, rng: np.random.Generator) -> Non
         # The same list for ir-measures: scores strictly decreasing by rank, the target last among its ties.
         order = sorted(
             (j for j in range(n_items) if scores[user, j] > -INF),
-            key=lambda j: (-scores[user, j], j == target[user]),  # noqa: B023 - used at once
+            key=lambda j: (-scores[user, j], j == target[user]),
         )
         run[f"q{user}"] = {f"d{j}": float(n_items - place) for place, j in enumerate(order)}
         qrels[f"q{user}"] = {f"d{target[user]}": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ def cached_array(
             raise StorageError("is corrupt: its content is not what was written", where=str(path), remedy="delete it")
         return np.load(path, allow_pickle=False)
     array = compute()
-    with staged_file(root / f"{name}.npy") as stage:
+    # A name of its own until the hash is known: another process may be at the same array.
+    whole = root / f"{name}.{secrets.token_hex(4)}.npy"
+    with staged_file(whole) as stage:
         save_array(stage, array)
         digest = sha256_file(stage)[:16]
-    (root / f"{name}.npy").replace(root / f"{name}-{digest}.npy")
+    whole.replace(root / f"{name}-{digest}.npy")
     return array

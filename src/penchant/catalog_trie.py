@@ -8,14 +8,15 @@ ancestor tests, pruning by a filter and pieces of a traversal plain comparisons 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penchant.errors import DataError, StorageError
-from penchant.files import staged_folder
+from penchant.files import save_array, staged_folder
 
 IntArray = NDArray[np.int32]
 
@@ -28,7 +29,8 @@ class CatalogTrie:
     ``end`` (one past the subtree), ``first_item`` and ``last_item`` (interval of ``item_order`` below the node),
     ``n_ending`` (items ending exactly there; they come first in that interval). ``child_start`` (n_nodes + 1,) and
     ``child`` are the children, tokens ascending. ``item_order`` (n_items,) holds item indices in sequence order,
-    equal sequences in catalogue order. ``item_node`` (n_items,) is the node at which each item ends.
+    equal sequences in catalogue order. ``item_node`` (n_items,) is the node at which each item ends, ``alive``
+    (n_items,) False for removed items: their nodes stay, and no search names them.
     """
 
     token: IntArray
@@ -42,6 +44,7 @@ class CatalogTrie:
     child: IntArray
     item_order: IntArray
     item_node: IntArray
+    alive: NDArray[np.bool_]
 
     @property
     def n_nodes(self) -> int:
@@ -108,7 +111,25 @@ class CatalogTrie:
             child=child,
             item_order=order.astype(np.int32),
             item_node=item_node,
+            alive=np.ones(n, dtype=bool),
         )
+
+    def without(self, items: Sequence[int] | NDArray[np.integer]) -> CatalogTrie:
+        """The same trie with these items removed; all other arrays are shared. New items need a rebuild."""
+        alive = self.alive.copy()
+        alive[np.asarray(items, dtype=np.int64)] = False
+        return replace(self, alive=alive)
+
+    @cached_property
+    def _edge_keys(self) -> NDArray[np.int64]:
+        """(parent, token) of every child as one ascending number, in the order of ``child``."""
+        return self.parent[self.child].astype(np.int64) << 32 | self.token[self.child]
+
+    def step(self, nodes: NDArray[np.integer], tokens: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Where each token leads from each node, (n,): the child's number, or -1 where the trie has no such path."""
+        keys = np.asarray(nodes, dtype=np.int64) << 32 | np.asarray(tokens, dtype=np.int64)
+        at = np.minimum(np.searchsorted(self._edge_keys, keys), max(len(self.child) - 1, 0))
+        return np.where(self._edge_keys[at] == keys, self.child[at], -1).astype(np.int64)
 
     def children(self, node: int) -> IntArray:
         """Child nodes of ``node``, tokens ascending."""
@@ -136,16 +157,11 @@ class CatalogTrie:
             node = int(self.parent[node])
         return ids[::-1]
 
-    def count_below(self, allowed: NDArray[np.bool_]) -> IntArray:
-        """For each node the number of items below it (or at it) that ``allowed`` (n_items,) lets through."""
-        before = np.concatenate([[0], np.cumsum(allowed[self.item_order])]).astype(np.int32)
-        return before[self.last_item] - before[self.first_item]
-
     def save(self, folder: Path) -> None:
         """Write one .npy file an array, atomically."""
         with staged_folder(Path(folder)) as stage:
             for field in fields(self):
-                np.save(stage / f"{field.name}.npy", getattr(self, field.name), allow_pickle=False)
+                save_array(stage / f"{field.name}.npy", getattr(self, field.name))
 
     @classmethod
     def load(cls, folder: Path) -> CatalogTrie:

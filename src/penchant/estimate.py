@@ -56,12 +56,15 @@ def estimate_fit(
     budget = min(config.prompt_tokens, engine.context_length)
     ranker = Ranker(engine, templates, texts, max_history=config.max_history, prompt_tokens=budget)
     lengths = np.array([len(t) for t in ranker.tokens(range(len(texts)))])
+    # An item is scored with the terminator behind it, and embedded without.
+    end = len(engine.codec.encode_template(templates.headers["next_item"].terminator))
+    embedded = lengths - end + len(engine.codec.bos_ids)
 
     some = rng.choice(len(texts), size=min(_SAMPLE_ITEMS, len(texts)), replace=False)
     engine.embed([texts[i] for i in some])  # the first forwards of a process are slower
     begun = time.perf_counter()
     engine.embed([texts[i] for i in some])
-    embed_rate = lengths[some].sum() / (time.perf_counter() - begun)
+    embed_rate = embedded[some].sum() / (time.perf_counter() - begun)
 
     valid = split.valid.sample(config.validation_users, config.seed)
     histories = [valid.history(i) for i in range(len(valid))]
@@ -87,12 +90,12 @@ def estimate_fit(
     train_encoder(few, len(texts), text, short, lambda encoder: 0.0)
     train_rate = sum(len(w) - 1 for w in few) / (time.perf_counter() - begun)
 
-    judged = int(sum(prompt_tokens) + per_user * len(histories))
+    judged = round(sum(prompt_tokens) + per_user * len(histories))
     pool = min(len(texts), config.candidates * len(histories))
-    prior = int(lengths.mean() * pool)
+    prior = round(float(lengths.mean()) * pool)
     epochs = config.encoder.epochs
     costs = [
-        Cost("embed items", int(lengths.sum()), "tokens", float(lengths.sum() / embed_rate)),
+        Cost("embed items", int(embedded.sum()), "tokens", float(embedded.sum() / embed_rate)),
         Cost(f"train encoder, at most {epochs} epochs", targets * epochs, "targets", targets * epochs / train_rate),
         Cost("LLM on validation users", judged, "tokens", judged / score_rate),
         Cost("LLM without history, at most", prior, "tokens", prior / score_rate),

@@ -24,10 +24,14 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNFIT = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EBUSY}
 # polars and safetensors write in Rust: their errors carry the number in the text alone.
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# All that polars says where a Parquet file's last bytes cannot be written.
+_PARQUET_TORN = "thrift: transport error"
 
 
 def _disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    if _PARQUET_TORN in str(error):
         return True
     found = _RUST_OS_ERROR.search(str(error))
     return found is not None and int(found.group(1)) in _FULL

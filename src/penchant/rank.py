@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # How much of the no-history likelihood is taken out, and how much the LLM weighs: what validation chooses from.
 CALIBRATIONS = (0.0, 0.5, 1.0)
 WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))
+# More tokens than any item has: MAX_DATA_CHARS characters are at most four times as many bytes.
+_ROOM = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,14 @@ class Ranker:
             self._item_tokens.update(zip(missing, encoded, strict=True))
         return [self._item_tokens[int(i)] for i in items]
 
+    @cached_property
+    def _budget(self) -> int:
+        """Tokens a prompt may have: as many as asked for, less where the context must hold the longest item too."""
+        context = self._engine.context_length
+        if self._prompt_tokens + _ROOM <= context:
+            return self._prompt_tokens
+        return min(self._prompt_tokens, context - max(map(len, self.tokens(range(len(self._texts))))))
+
     def prompt(self, history: NDArray[np.integer]) -> Rendered:
         """The next-item prompt of a history (item indices, oldest first), cut to its newest events."""
         recent = history[-self._max_history :] if self._max_history else history[:0]
@@ -124,7 +135,7 @@ class Ranker:
             "next_item",
             {"history": [{"text": self._texts[int(i)]} for i in recent]},
             count=lambda prompt: len(self._engine.codec.encode(prompt)),
-            budget=self._prompt_tokens,
+            budget=self._budget,
         )
         return Rendered(rendered.prompt, rendered.n_tokens, rendered.dropped + len(history) - len(recent))
 
@@ -138,12 +149,7 @@ class Ranker:
         prompts = [self.prompt(h).prompt for h in histories]
         out = self._engine.score(prompts, [self.tokens(c) for c in candidates], progress=progress)
         for user, scores in enumerate(out):
-            if not np.isfinite(scores).all():
-                raise ModelError(
-                    f"the model gave a likelihood that is not a number for row {user}",
-                    where="ranking",
-                    remedy="load it with dtype='float32'",
-                )
+            _check_finite(scores, f"row {user}")
         return out
 
     def priors(self, items: NDArray[np.integer], progress: Progress | None = None) -> NDArray[np.float64]:
@@ -151,5 +157,16 @@ class Ranker:
         missing = np.unique(items[np.isnan(self.prior[items])])
         if missing.size:
             empty = self.prompt(np.zeros(0, dtype=np.int32)).prompt
-            self.prior[missing] = self._engine.score([empty], [self.tokens(missing)], progress=progress)[0]
+            found = self._engine.score([empty], [self.tokens(missing)], progress=progress)[0]
+            _check_finite(found, "an empty history")
+            self.prior[missing] = found
         return self.prior[items]
+
+
+def _check_finite(scores: NDArray[np.float64], what: str) -> None:
+    if not np.isfinite(scores).all():
+        raise ModelError(
+            f"the model gave a likelihood that is not a number for {what}",
+            where="ranking",
+            remedy="load it with dtype='float32'",
+        )

@@ -268,6 +268,8 @@ class Recommender(Fitted):
         """
         if k < 1:
             raise ConfigError(f"k is {k}", where="recommend", remedy="ask for at least 1 item")
+        if batch < 1:
+            raise ConfigError(f"batch is {batch}", where="recommend", remedy="take at least 1 user at a time")
         if method not in ("rank", "retrieve", "generate"):
             raise ConfigError(f"unknown method {method!r}", remedy="use rank, retrieve or generate")
         names, histories = self._who(users, history, history_titles)
@@ -368,9 +370,11 @@ class Recommender(Fitted):
         if users is not None:
             if isinstance(users, str):
                 raise ConfigError("users is one text, not a list of user ids", remedy=f"pass [{users!r}]")
-            return list(users), [self.log.item[self.log.all_of(self.user(u))] for u in users]
+            return [str(u) for u in users], [self.log.item[self.log.all_of(self.user(u))] for u in users]
         if history is not None:
             return [None], [indices(history, self.log.item_index, "history")]
+        if isinstance(titles, str):
+            raise ConfigError("history_titles is one text, not a list of titles", remedy=f"pass [{titles!r}]")
         return [None], [np.array([self._by_title(t) for t in titles or ()], dtype=np.int32)]
 
     def user(self, user_id: str) -> int:

@@ -24,6 +24,7 @@ from transformers import (
 
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine import transformers as module
+from penchant.engine import tree
 from penchant.engine.loading import describe_model, load_engine
 from penchant.engine.transformers import TransformersEngine
 from penchant.errors import ConfigError, DataError, ModelError
@@ -41,6 +42,11 @@ def brute_force(folder: Path, prompt: list[int], continuation: tuple[int, ...]) 
     with torch.no_grad():
         logp = torch.log_softmax(model(ids).logits[0].double(), dim=-1)
     return sum(float(logp[len(prompt) - 1 + j, t]) for j, t in enumerate(continuation))
+
+
+def plainly(engine: TransformersEngine, ids: list[int], sequences: list[tuple[int, ...]]) -> np.ndarray:
+    """A full forward for each sequence, by the engine's own model."""
+    return np.array([engine._tree.plain(ids, sequence).sum() for sequence in sequences])
 
 
 def test_scores_equal_full_forwards(tiny_folder: Path, tiny_engine: TransformersEngine) -> None:
@@ -68,7 +74,7 @@ def test_any_catalogue_scores_as_plain_and_generates_its_exact_top_k(
     rng = np.random.default_rng(seed)
     masks = [rng.random(len(items)) < rng.random() * 1.3 for _ in prompts]
     with torch.inference_mode():
-        plain = [tiny_engine._score_plain(tiny_engine.codec.encode(p), items) for p in prompts]
+        plain = [plainly(tiny_engine, tiny_engine.codec.encode(p), items) for p in prompts]
     for got, expected in zip(tiny_engine.score(prompts, [items] * len(prompts)), plain, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-4)
     answers = tiny_engine.generate(prompts, CatalogTrie.build(items), k, allowed=masks)
@@ -89,7 +95,7 @@ def test_pieces_batches_and_rows_of_logits_change_nothing(
     lists = [items, items[:7], items[4:]]
     whole = tiny_engine.score(prompts, lists)
     monkeypatch.setattr(module, "_PIECE", 5)
-    monkeypatch.setattr(module, "_LOGIT_ROWS", 3)
+    monkeypatch.setattr(tree, "LOGIT_ROWS", 3)
     monkeypatch.setattr(tiny_engine, "max_batch_tokens", 40)
     for a, b in zip(whole, tiny_engine.score(prompts, lists), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
@@ -100,7 +106,7 @@ def test_a_continuation_need_not_end_in_the_terminator(tiny_engine: Transformers
     long = tiny_engine.codec.encode_data("Heathers (1989)")
     (row,) = tiny_engine.score(["x"], [[long, long[:1], long[:2]]])
     with torch.inference_mode():
-        plain = tiny_engine._score_plain(tiny_engine.codec.encode("x"), [long, long[:1], long[:2]])
+        plain = plainly(tiny_engine, tiny_engine.codec.encode("x"), [long, long[:1], long[:2]])
     np.testing.assert_allclose(row, plain, atol=1e-4)
 
 
@@ -163,7 +169,7 @@ def test_a_model_with_capped_logits_is_scored_through_its_own_head(byte_folder: 
     assert engine.context_length == 64
     items = engine.codec.encode_items(tiny.TITLES, "\n")
     with torch.inference_mode():
-        plain = engine._score_plain(engine.codec.encode("Heat"), items)
+        plain = plainly(engine, engine.codec.encode("Heat"), items)
     np.testing.assert_allclose(engine.score(["Heat"], [items])[0], plain, atol=1e-4)
 
 
@@ -176,7 +182,7 @@ def test_absolute_positions_work_too(byte_folder: Path) -> None:
     engine = TransformersEngine(GPT2LMHeadModel(config), tokenizer, fingerprint="gpt2")
     items = engine.codec.encode_items(tiny.TITLES, "\n")
     with torch.inference_mode():
-        plain = engine._score_plain(engine.codec.encode("Heat"), items)
+        plain = plainly(engine, engine.codec.encode("Heat"), items)
     np.testing.assert_allclose(engine.score(["Heat"], [items])[0], plain, atol=1e-4)
 
 
@@ -229,7 +235,7 @@ def test_an_adapter_changes_scores_as_peft_would(
     (row,), (base,) = engine.score(["Heat"], [items]), byte_engine.score(["Heat"], [items])
     assert np.abs(row - base).max() > 0.1
     with torch.inference_mode():
-        plain = engine._score_plain(engine.codec.encode("Heat"), items)
+        plain = plainly(engine, engine.codec.encode("Heat"), items)
     np.testing.assert_allclose(row, plain, atol=1e-4)
     assert engine.fingerprint != byte_engine.fingerprint
 

@@ -102,7 +102,8 @@ def test_a_later_event_changes_no_earlier_interest_and_an_earlier_one_does() -> 
 
 
 def test_the_order_of_earlier_events_matters() -> None:
-    encoder = loud()
+    # In one block the last event sees the earlier ones as a set, but for their positions.
+    encoder = loud(SMALL.model_copy(update={"blocks": 1}))
     a, b = encoder.encode(as_rows([[1, 2, 3], [2, 1, 3]]))
     assert np.abs(a - b).max() > 1e-3
 
@@ -267,11 +268,24 @@ def test_the_same_seed_gives_identical_weights_and_another_seed_others() -> None
     assert not torch.equal(first["ids.weight"], other["ids.weight"])
 
 
+def test_the_seed_decides_the_initial_weights_too() -> None:
+    # One row, so one order, and hardly a step: what differs is where training began.
+    still = SMALL.model_copy(update={"epochs": 1, "learning_rate": 1e-12})
+    first, again, other = (
+        train_encoder(as_rows([[1, 2, 3]]), N_ITEMS, None, still.model_copy(update={"seed": seed}), never)[0]
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first.item_matrix(), again.item_matrix())
+    assert np.abs(first.item_matrix() - other.item_matrix()).max() > 1e-3
+
+
 def test_training_leaves_the_callers_random_state_alone() -> None:
-    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    train_encoder(as_rows([[1, 2, 3]]), N_ITEMS, None, SMALL, never)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert (np.random.get_state()[1] == numpy_before).all()  # noqa: NPY002
+    with torch.random.fork_rng():
+        torch.manual_seed(20261124)
+        before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        train_encoder(as_rows([[1, 2, 3]]), N_ITEMS, None, SMALL, never)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert (np.random.get_state()[1] == numpy_before).all()
 
 
 def scripted(scores: list[float], kept: list[dict[str, torch.Tensor]]) -> Callable[[InterestEncoder], float]:

@@ -73,9 +73,7 @@ def test_top_k_of_equal_scores_is_in_index_order_past_the_cut() -> None:
     filtered=st.booleans(),
     masked=st.booleans(),
 )
-def test_search_is_a_full_sort_of_dot_products(
-    seed: int, n: int, m: int, k: int, filtered: bool, masked: bool
-) -> None:
+def test_search_is_a_full_sort_of_dot_products(seed: int, n: int, m: int, k: int, filtered: bool, masked: bool) -> None:
     rng = np.random.default_rng(seed)
     queries, vectors = whole_numbers(rng, n, 4), whole_numbers(rng, m, 4)
     allowed = rng.random(m) < 0.5 if filtered else None

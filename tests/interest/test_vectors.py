@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.fake_engine import FakeEngine
 
 from penchant.errors import StorageError
 from penchant.interest.vectors import default_layer, item_vectors, standardise
-from tests.fake_engine import FakeEngine
 
 TEXTS = ["Heat (1995)", "Alien (1979)", "M (1931)"]
 

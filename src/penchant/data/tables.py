@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from penchant.data.diagnose import find_bad_byte, find_bad_json, first_field_count, leading_blanks, scan_records
 from penchant.data.transcode import UNIT_SEPARATOR, encoding_error, utf8_copy
-from penchant.errors import DataError
+from penchant.errors import DataError, StorageError
 
 Format = Literal["csv", "tsv", "parquet", "jsonl"]
 
@@ -185,6 +185,8 @@ class Table:
             self._blank_rows()
         except DataError as found:
             return found
+        except PolarsError as error:  # not even the columns can be told
+            reason = str(error).splitlines()[0]
         return DataError(
             f"cannot be parsed ({reason})",
             where=self.where,
@@ -229,7 +231,7 @@ def open_table(path: str | Path, options: TableOptions | None = None) -> Iterato
         if kind == "parquet":
             table = _scan_parquet(path, where)
         else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penchant-")))
+            folder = Path(stack.enter_context(_temporary_folder()))
             wide = options.separator if len(options.separator or "") > 1 else None
             # Polars' JSON reader, unlike its CSV reader, stumbles over a byte order mark.
             text = utf8_copy(path, folder, options.encoding, wide, where, unmark=kind == "jsonl")
@@ -238,6 +240,17 @@ def open_table(path: str | Path, options: TableOptions | None = None) -> Iterato
             table = _scan_json(text, where) if kind == "jsonl" else _scan_csv(text, options, kind, where)
         _check_names(table)
         yield table
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="penchant-")
+    except OSError as error:
+        raise StorageError(
+            f"there is no room for a temporary folder ({error})",
+            where=os.environ.get("TMPDIR", "/tmp"),
+            remedy="free disk space there, or set TMPDIR to a roomier folder",
+        ) from error
 
 
 def _the(path: Path | None) -> Path:

@@ -19,12 +19,24 @@ Continuation = str | Sequence[int]  # text (tokenised as data) or token ids
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One generated item: its index in the trie, the summed log-probability of its whole sequence in
-    nats, and whether the search proved that no unlisted item scores higher."""
+    """One generated item.
+
+    ``item`` is its index in the trie, ``logprob`` the summed log-probability of its whole sequence in nats,
+    ``score`` what it was ranked by (the same, plus the item's bonus), ``gap`` how much better, in nats, an
+    item not listed could still be (0: proved that none is; infinite for beams), ``token_logprobs`` the parts
+    of ``logprob``, one a token.
+    """
 
     item: int
     logprob: float
-    exact: bool
+    score: float
+    gap: float
+    token_logprobs: tuple[float, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the list this belongs to is the proved top k (a float32 promise)."""
+        return self.gap == 0
 
 
 @runtime_checkable
@@ -66,13 +78,17 @@ class Engine(Protocol):
         k: int,
         *,
         allowed: Sequence[NDArray[np.bool_] | None] | None = None,
+        bonus: NDArray[np.floating] | None = None,
+        beams: int | None = None,
         max_expansions: int = 20_000,
         progress: Progress | None = None,
     ) -> list[list[Generation]]:
-        """The k most likely items of the trie for each prompt, best first, equal scores in trie order.
+        """The k best items of the trie for each prompt, best first, equal scores in trie order.
 
-        ``allowed`` holds, for each prompt, a mask of shape (n_items,) or None. Fewer than k where fewer
-        are allowed. After ``max_expansions`` nodes the best found so far are returned with exact=False.
+        ``allowed`` holds, for each prompt, a mask of shape (n_items,) or None: fewer than k are returned where
+        fewer are allowed. ``bonus`` (n_items,) is added to each item's log-probability (calibration). Exact by
+        default; after ``max_expansions`` nodes a prompt gets the best found so far and the gap that remains.
+        ``beams`` asks for a constrained beam search of that width instead.
         """
         ...
 

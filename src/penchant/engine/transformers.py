@@ -1,48 +1,36 @@
-"""The transformers engine: a prompt is run once, everything scored behind it hangs there as a tree.
+"""The transformers engine: a prompt is run once, and everything scored behind it hangs there as a tree.
 
-The keys and values of all prompt tokens but the last are cached. What follows is a tree whose root is
-the prompt's last token: candidates that begin alike share those tokens. Position ids come from depth
-in the tree and an additive mask lets each node see the prompt and its own ancestors, so one forward
-gives what a full forward of every candidate would. ``score`` runs whole trees in pieces, ``generate``
-grows a tree node by node in the order of a best-first search.
+``score`` runs whole trees of candidates in pieces, ``generate`` grows a tree node by node as a search
+asks for it, ``embed`` pools hidden states. The forwards themselves are in tree.py, the searches in search.py.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DynamicCache
 
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
-from penchant.engine.search import BestFirst
+from penchant.engine.search import Beams, BestFirst, Search
+from penchant.engine.tree import Branch, TreeRunner, branch_of, tokens_at
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.tokens import Prompt, TextCodec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Nodes of one user's tree in one forward: attention is quadratic in it, and past this it dominates.
-_PIECE = 512
-# Rows of logits held at once: 256 rows of a 150,000-token vocabulary are 150 MB in float32.
-_LOGIT_ROWS = 256
-# Open nodes a user expands in one forward of `generate`: more means fewer forwards, and more nodes in vain.
+# Nodes of one user's tree in one forward. All of a piece's nodes are held against each other in attention, though each
+# sees its few ancestors only: small pieces of many users waste least (eval/speed/scoring.py measures it).
+_PIECE = 128
+# Open nodes a user expands in one forward of a best-first search: more means fewer forwards, and more nodes in vain.
 _WIDTH = 16
 
-
-@dataclass(frozen=True, slots=True)
-class _Branch:
-    """One row of a tree forward: ids, tree depths, and which cached and new columns each node sees."""
-
-    tokens: NDArray[np.int64]  # (n,)
-    depth: NDArray[np.int64]  # (n,); the root, the prompt's last token, has depth 0
-    sees: NDArray[np.bool_]  # (n, cached + n)
+_Work = tuple[list[int], CatalogTrie, int]  # prompt ids, its continuations, its place in the answer
 
 
 class TransformersEngine:
@@ -65,17 +53,15 @@ class TransformersEngine:
         self.codec = TextCodec(tokenizer)
         self.fingerprint = fingerprint
         self.max_batch_tokens = max_batch_tokens
-        self._model = model.eval()
-        self._base: Any = model.base_model
-        self._lm_head: Any = model.get_output_embeddings()
+        self._tree = TreeRunner(model.eval())
         config = model.config.get_text_config()
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 2**31)
         window = getattr(config, "sliding_window", None)
         if window and getattr(config, "use_sliding_window", True):
             # An additive mask of ours replaces the model's own: past its window they would differ.
             self.context_length = min(self.context_length, int(window))
+        self._hidden_size = int(config.hidden_size)
         self._n_layers = int(config.num_hidden_layers)
-        self._headless = False  # True: run the whole model, its output is logits already
         self._packed = True  # False: the plain way, one full sequence a candidate
         self._self_test()
 
@@ -85,66 +71,12 @@ class TransformersEngine:
 
     @property
     def device(self) -> torch.device:
-        return self._model.device
+        return self._tree.device
 
-    # -- forwards ------------------------------------------------------------------------------
-
-    def _hidden(self, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if self._headless:
-            return self._model(input_ids=ids, **kwargs).logits
-        return self._base(input_ids=ids, **kwargs).last_hidden_state
-
-    def _logprobs(self, hidden: torch.Tensor, row: torch.Tensor, token: torch.Tensor) -> NDArray[np.float64]:
-        """log p of ``token[j]`` (m,) at hidden state ``row[j]`` of ``hidden`` (n, d); ``row`` ascending."""
-        out = torch.empty(len(row), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), _LOGIT_ROWS):
-            rows = hidden[start : start + _LOGIT_ROWS]
-            logits = (rows if self._headless else self._lm_head(rows)).float()
-            a, b = torch.searchsorted(row, torch.tensor([start, start + len(rows)], device=row.device)).tolist()
-            local = row[a:b] - start
-            out[a:b] = logits[local, token[a:b]] - torch.logsumexp(logits, dim=-1)[local]
-        return out.double().cpu().numpy()
-
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, NDArray[np.int64]]:
-        """Cache all but the last token of each prompt (right-padded); also their lengths without it."""
-        length = np.array([len(p) - 1 for p in prompts])
-        # Without the config every layer keeps all it is given: a sliding layer would forget, and can't be cropped.
-        cache = DynamicCache()
-        if length.max() > 0:
-            ids = torch.zeros((len(prompts), int(length.max())), dtype=torch.long)
-            for i, prompt in enumerate(prompts):
-                ids[i, : length[i]] = torch.tensor(prompt[:-1], dtype=torch.long)
-            # Causal attention alone is right here: padding stands after every real token.
-            self._base(input_ids=ids.to(self.device), past_key_values=cache, use_cache=True)
-        return cache, length
-
-    def _run_branches(
-        self, branches: Sequence[_Branch], cache: DynamicCache, length: NDArray[np.int64]
-    ) -> tuple[torch.Tensor, int]:
-        """One forward of a branch for every cached row; returns hidden states (rows, width, d) and the width."""
-        width = max(len(b.tokens) for b in branches)
-        cached = cache.get_seq_length()
-        ids = np.zeros((len(branches), width), dtype=np.int64)
-        position = np.zeros((len(branches), width), dtype=np.int64)
-        sees = np.zeros((len(branches), width, cached + width), dtype=bool)
-        # A padding node sees itself: a row that sees nothing is NaN.
-        sees[:, np.arange(width), cached + np.arange(width)] = True
-        for i, branch in enumerate(branches):
-            n = len(branch.tokens)
-            ids[i, :n] = branch.tokens
-            position[i, :n] = length[i] + branch.depth
-            sees[i, :n, : cached + n] = branch.sees
-        dtype = self._model.dtype
-        mask = torch.full((1,), torch.finfo(dtype).min, dtype=dtype).expand(sees.shape)
-        mask = torch.where(torch.from_numpy(sees), torch.zeros((), dtype=dtype), mask).unsqueeze(1)
-        hidden = self._hidden(
-            torch.from_numpy(ids).to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=torch.from_numpy(position).to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return hidden, width
+    @property
+    def tokens_run(self) -> int:
+        """Tokens that went through the model so far, padding included: what speed is measured against."""
+        return self._tree.tokens_run
 
     # -- score ---------------------------------------------------------------------------------
 
@@ -162,79 +94,92 @@ class TransformersEngine:
                 f"{len(prompts)} prompts but {len(continuations)} lists of continuations",
                 remedy="give one list a prompt",
             )
-        ids = [self._encode(p) for p in prompts]
-        tries: list[CatalogTrie | None] = []
         built: dict[int, CatalogTrie] = {}  # many users scored against one list build its trie once
-        for candidates in continuations:
-            if len(candidates) and id(candidates) not in built:
-                built[id(candidates)] = CatalogTrie.build([self._tokens(c) for c in candidates])
-            tries.append(built[id(candidates)] if len(candidates) else None)
-        out: list[NDArray[np.float64]] = [np.zeros(0)] * len(prompts)
-        work = [(ids[i], trie, i) for i, trie in enumerate(tries) if trie is not None]
-        for prompt, trie, _ in work:
-            self._check_length(len(prompt) + int(trie.depth.max()))
-        if not self._packed:
-            for prompt, trie, i in work:
-                out[i] = self._score_plain(prompt, [trie.sequence(j) for j in range(trie.n_items)])
-                if progress:
-                    progress(1)
-            return out
+        work: list[_Work] = []
+        for i, (prompt, candidates) in enumerate(zip(prompts, continuations, strict=True)):
+            if len(candidates):
+                if id(candidates) not in built:
+                    built[id(candidates)] = CatalogTrie.build([self._tokens(c) for c in candidates])
+                work.append((self._encode(prompt), built[id(candidates)], i))
+        for ids, trie, _ in work:
+            self._check_length(len(ids) + int(trie.depth.max()))
         work.sort(key=lambda w: (len(w[0]), w[1].n_nodes))
-        sizes = [max(len(prompt), min(trie.n_nodes, _PIECE)) for prompt, trie, _ in work]
-        for group in self._batches(sizes):
+        out: list[NDArray[np.float64]] = [np.zeros(0)] * len(prompts)
+        for group in self._batches([_width(ids, trie) for ids, trie, _ in work]):
             part = [work[j] for j in group]
-            for (_, trie, i), edge in zip(part, self._score_group(part), strict=True):
-                for d in range(1, int(trie.depth.max()) + 1):
-                    at = np.flatnonzero(trie.depth == d)
-                    edge[at] += edge[trie.parent[at]]
-                out[i] = edge[trie.item_node]
+            for (_, _, i), scores in zip(part, self._score_group(part), strict=True):
+                out[i] = scores
             if progress:
                 progress(len(part))
         return out
 
-    def _score_group(self, part: Sequence[tuple[list[int], CatalogTrie, int]]) -> list[NDArray[np.float64]]:
+    def _score_group(self, part: Sequence[_Work]) -> list[NDArray[np.float64]]:
+        """Scores of each (prompt, trie): one array (n_items,) each."""
+        if not self._packed:
+            return [
+                np.array([self._tree.plain(ids, trie.sequence(j)).sum() for j in range(trie.n_items)])
+                for ids, trie, _ in part
+            ]
+        if all(int(trie.depth.max()) == 1 for _, trie, _ in part):
+            edges = self._next_token_edges(part)
+        else:
+            edges = self._tree_edges(part)
+        for (_, trie, _), edge in zip(part, edges, strict=True):
+            for d in range(2, int(trie.depth.max()) + 1):
+                at = np.flatnonzero(trie.depth == d)
+                edge[at] += edge[trie.parent[at]]
+        return [edge[trie.item_node] for (_, trie, _), edge in zip(part, edges, strict=True)]
+
+    def _next_token_edges(self, part: Sequence[_Work]) -> list[NDArray[np.float64]]:
+        """Continuations of one token (labels): the prompts alone are run."""
+        states = self._tree.last_hidden([ids for ids, _, _ in part])
+        children = [trie.child for _, trie, _ in part]  # of the root: there are no others
+        row = np.repeat(np.arange(len(part)), [len(c) for c in children])
+        tokens = np.concatenate([trie.token[c] for (_, trie, _), c in zip(part, children, strict=True)])
+        got = self._tree.logprobs(states, self._tree.tensor(row), self._tree.tensor(tokens))
+        edges = [np.zeros(trie.n_nodes) for _, trie, _ in part]
+        for edge, child, values in zip(edges, children, _split(got, children), strict=True):
+            edge[child] = values
+        return edges
+
+    def _tree_edges(self, part: Sequence[_Work]) -> list[NDArray[np.float64]]:
         """log p of each trie node given its parent's path: one array (n_nodes,) for each (prompt, trie)."""
         edges = [np.zeros(trie.n_nodes) for _, trie, _ in part]
-        cache, length = self._prefill([prompt for prompt, _, _ in part])
-        pieces = [list(_pieces(trie)) for _, trie, _ in part]
+        prompts = self._tree.prefill([ids for ids, _, _ in part])
+        pieces = [list(_pieces(trie, self._piece(len(part)))) for _, trie, _ in part]
         for step in range(max(len(p) for p in pieces)):
-            branches, fresh = [], []
-            for (prompt, trie, _), piece, n in zip(part, pieces, length, strict=True):
-                nodes, new = piece[step] if step < len(piece) else (np.zeros(1, dtype=np.int64), 1)
-                branches.append(_branch(prompt[-1], trie, nodes, int(n), cache.get_seq_length()))
-                fresh.append((nodes[new:], new))
-            hidden, width = self._run_branches(branches, cache, length)
+            branches: list[Branch] = []
+            fresh: list[tuple[NDArray[np.int64], int]] = []
+            for (ids, trie, _), piece, n in zip(part, pieces, prompts.length, strict=True):
+                nodes, repeated = piece[step] if step < len(piece) else (np.zeros(1, dtype=np.int64), 1)
+                branches.append(branch_of(trie, nodes, ids[-1], int(n), prompts.width))
+                fresh.append((nodes[repeated:], repeated))
+            hidden, width = self._tree.run(branches, prompts)
             row: list[NDArray[np.int64]] = []
             token: list[NDArray[np.int32]] = []
             keep: list[NDArray[np.int64]] = []
             where: list[NDArray[np.int32]] = []
-            for i, ((_, trie, _), (nodes, new)) in enumerate(zip(part, fresh, strict=True)):
+            rows = 0
+            for i, ((_, trie, _), (nodes, repeated)) in enumerate(zip(part, fresh, strict=True)):
                 position, child = trie.children_of(nodes)
-                row.append(position + sum(len(k) for k in keep))
+                row.append(position + rows)
                 token.append(trie.token[child])
-                keep.append(i * width + new + np.arange(len(nodes)))
+                keep.append(i * width + repeated + np.arange(len(nodes)))
                 where.append(child)
-            got = self._logprobs(
-                hidden.flatten(0, 1)[self._tensor(np.concatenate(keep))],
-                self._tensor(np.concatenate(row)),
-                self._tensor(np.concatenate(token)),
+                rows += len(nodes)
+            got = self._tree.logprobs(
+                hidden.flatten(0, 1)[self._tree.tensor(np.concatenate(keep))],
+                self._tree.tensor(np.concatenate(row)),
+                self._tree.tensor(np.concatenate(token)),
             )
-            for edge, child, values in zip(
-                edges, where, np.split(got, np.cumsum([len(c) for c in where])[:-1]), strict=True
-            ):
+            for edge, child, values in zip(edges, where, _split(got, where), strict=True):
                 edge[child] = values
-            cache.crop(-width)
+            prompts.cache.crop(-width)
         return edges
 
-    def _score_plain(self, prompt: Sequence[int], sequences: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """The reference: every continuation behind the whole prompt, a full forward for each."""
-        out = np.zeros(len(sequences))
-        for j, sequence in enumerate(sequences):
-            ids = torch.tensor([[*prompt, *sequence]], device=self.device)
-            logits = self._model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-            picked = torch.log_softmax(logits, dim=-1)[torch.arange(len(sequence)), ids[0, len(prompt) :]]
-            out[j] = float(picked.double().sum())
-        return out
+    def _piece(self, users: int) -> int:
+        """Nodes a piece: as many as fill a forward when there are few users, _PIECE at the least."""
+        return max(_PIECE, min(2 * _PIECE, self.max_batch_tokens // (8 * users)))
 
     # -- generate ------------------------------------------------------------------------------
 
@@ -246,20 +191,28 @@ class TransformersEngine:
         k: int,
         *,
         allowed: Sequence[NDArray[np.bool_] | None] | None = None,
+        bonus: NDArray[np.floating] | None = None,
+        beams: int | None = None,
         max_expansions: int = 20_000,
         progress: Progress | None = None,
     ) -> list[list[Generation]]:
         """See Engine.generate. Every item returned is one of the trie's, each at most once."""
         if k < 1:
             raise ConfigError(f"k is {k}", remedy="ask for at least 1 item")
+        if beams is not None and beams < 1:
+            raise ConfigError(f"beams is {beams}", remedy="use at least 1, or None for the exact search")
         ids = [self._encode(p) for p in prompts]
         for prompt in ids:
             self._check_length(len(prompt) + int(trie.depth.max()))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out: list[list[Generation]] = [[] for _ in ids]
-        for group in self._batches([max(len(ids[i]), 8 * _WIDTH) for i in order]):
+        for group in self._batches([max(len(ids[i]), 8 * (beams or _WIDTH)) for i in order]):
             members = [order[j] for j in group]
-            searches = [BestFirst(trie, k, None if allowed is None else allowed[i], max_expansions) for i in members]
+            masks = [None if allowed is None else allowed[i] for i in members]
+            searches: list[Search] = [
+                BestFirst(trie, k, mask, bonus, max_expansions) if beams is None else Beams(trie, k, beams, mask, bonus)
+                for mask in masks
+            ]
             self._search_group([ids[i] for i in members], trie, searches)
             for i, search in zip(members, searches, strict=True):
                 out[i] = search.result()
@@ -267,55 +220,56 @@ class TransformersEngine:
                 progress(len(members))
         return out
 
-    def _search_group(self, prompts: Sequence[list[int]], trie: CatalogTrie, searches: Sequence[BestFirst]) -> None:
+    def _search_group(self, prompts: Sequence[list[int]], trie: CatalogTrie, searches: Sequence[Search]) -> None:
         if not self._packed:
-            return self._search_plain(prompts, trie, searches)
-        cache, length = self._prefill(prompts)
-        prompt_width = cache.get_seq_length()
+            self._search_plain(prompts, trie, searches)
+            return
+        cached = self._tree.prefill(prompts)
+        prompt_width = cached.width
         # Cache columns of each expanded node's path, itself included.
         paths: list[dict[int, list[int]]] = [{} for _ in prompts]
         while True:
             taken = [search.take(_WIDTH) for search in searches]
             if not any(taken):
-                return None
-            cached = cache.get_seq_length()
+                return
+            start = cached.width
             branches = []
-            for prompt, nodes, path, n in zip(prompts, taken, paths, length, strict=True):
-                sees = np.zeros((len(nodes), cached + len(nodes)), dtype=bool)
+            for prompt, nodes, path, n in zip(prompts, taken, paths, cached.length, strict=True):
+                sees = np.zeros((len(nodes), start + len(nodes)), dtype=bool)
                 sees[:, : min(n, prompt_width)] = True
-                for j, (node, _) in enumerate(nodes):
-                    path[node] = [*path.get(int(trie.parent[node]), ()), cached + j]
+                for j, node in enumerate(nodes):
+                    path[node] = [*path.get(int(trie.parent[node]), ()), start + j]
                     sees[j, path[node]] = True
-                at = np.array([node for node, _ in nodes], dtype=np.int64)
-                branches.append(_Branch(_tokens_at(trie, at, prompt[-1]), trie.depth[at].astype(np.int64), sees))
-            hidden, width = self._run_branches(branches, cache, length)
+                at = np.array(nodes, dtype=np.int64)
+                branches.append(Branch(tokens_at(trie, at, prompt[-1]), trie.depth[at].astype(np.int64), sees))
+            hidden, width = self._tree.run(branches, cached)
             rows = [i * width + j for i, nodes in enumerate(taken) for j in range(len(nodes))]
-            everything = np.array([node for nodes in taken for node, _ in nodes], dtype=np.int64)
+            everything = np.array([node for nodes in taken for node in nodes], dtype=np.int64)
             position, child = trie.children_of(everything)
-            got = self._logprobs(
-                hidden.flatten(0, 1)[self._tensor(np.array(rows))],
-                self._tensor(position),
-                self._tensor(trie.token[child]),
+            got = self._tree.logprobs(
+                hidden.flatten(0, 1)[self._tree.tensor(np.array(rows))],
+                self._tree.tensor(position),
+                self._tree.tensor(trie.token[child]),
             )
             counts = np.bincount(position, minlength=len(everything))
             chunks = iter(np.split(got, np.cumsum(counts)[:-1]))
             for search, nodes in zip(searches, taken, strict=True):
-                for node, logprob in nodes:
-                    search.feed(node, logprob, next(chunks))
+                for node in nodes:
+                    search.feed(node, next(chunks))
 
-    def _search_plain(self, prompts: Sequence[list[int]], trie: CatalogTrie, searches: Sequence[BestFirst]) -> None:
+    def _search_plain(self, prompts: Sequence[list[int]], trie: CatalogTrie, searches: Sequence[Search]) -> None:
         """The same search by full forwards, for models whose attention takes no mask of ours."""
         for prompt, search in zip(prompts, searches, strict=True):
-            while taken := search.take(1):
-                ((node, logprob),) = taken
-                path, up = [], node
-                while up > 0:
-                    path.append(int(trie.token[up]))
-                    up = int(trie.parent[up])
-                ids = torch.tensor([[*prompt, *path[::-1]]], device=self.device)
-                logits = self._model(input_ids=ids, use_cache=False).logits[0, -1].float()
-                logp = torch.log_softmax(logits, dim=-1).double().cpu().numpy()
-                search.feed(node, logprob, logp[trie.token[trie.children(node)]])
+            while nodes := search.take(_WIDTH):
+                for node in nodes:
+                    path, up = [], node
+                    while up > 0:
+                        path.append(int(trie.token[up]))
+                        up = int(trie.parent[up])
+                    states = self._tree.last_hidden([[*prompt, *path[::-1]]])
+                    children = trie.token[trie.children(node)]
+                    row = self._tree.tensor(np.zeros(len(children), dtype=np.int64))
+                    search.feed(node, self._tree.logprobs(states, row, self._tree.tensor(children)))
 
     # -- embed ---------------------------------------------------------------------------------
 
@@ -339,40 +293,40 @@ class TransformersEngine:
         for text in ids:
             self._check_length(len(text))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        out: NDArray[np.float32] | None = None
+        out = np.empty((len(ids), self._hidden_size), dtype=np.float32)
         for group in self._batches([len(ids[i]) for i in order]):
             members = [order[j] for j in group]
-            width = max(len(ids[i]) for i in members)
-            batch = torch.zeros((len(members), width), dtype=torch.long)
-            real = torch.zeros((len(members), width), dtype=torch.long)
-            for row, i in enumerate(members):
-                batch[row, : len(ids[i])] = torch.tensor(ids[i])
-                real[row, : len(ids[i])] = 1
-            real = real.to(self.device)
-            states = (
-                self._base(
-                    input_ids=batch.to(self.device), attention_mask=real, use_cache=False, output_hidden_states=True
-                )
-                .hidden_states[layer]
-                .float()
-            )
-            if pooling == "mean":
-                vectors = (states * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
-            else:
-                vectors = states[torch.arange(len(members), device=self.device), real.sum(1) - 1]
-            if out is None:
-                out = np.empty((len(ids), vectors.shape[-1]), dtype=np.float32)
-            out[members] = vectors.cpu().numpy()
+            out[members] = self._embed_batch([ids[i] for i in members], pooling, layer)
             if progress:
                 progress(len(members))
-        if out is None:
-            out = np.empty((0, int(self._model.config.get_text_config().hidden_size)), dtype=np.float32)
         if not np.isfinite(out).all():
             bad = int(np.flatnonzero(~np.isfinite(out).all(axis=1))[0])
             raise ModelError(
                 f"the vector of text {bad} is not finite", where="embed", remedy="load the model with dtype='float32'"
             )
         return out
+
+    def _embed_batch(self, rows: Sequence[list[int]], pooling: Pooling, layer: int) -> NDArray[np.float32]:
+        width = max(len(row) for row in rows)
+        batch = torch.zeros((len(rows), width), dtype=torch.long)
+        real = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            batch[i, : len(row)] = torch.tensor(row)
+            real[i, : len(row)] = 1
+        real = real.to(self.device)
+        states = (
+            self._tree.base(
+                input_ids=batch.to(self.device), attention_mask=real, use_cache=False, output_hidden_states=True
+            )
+            .hidden_states[layer]
+            .float()
+        )
+        if pooling == "mean":
+            vectors = (states * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
+        else:
+            vectors = states[torch.arange(len(rows), device=self.device), real.sum(1) - 1]
+        found: NDArray[np.float32] = vectors.cpu().numpy()
+        return found
 
     # -- small parts ---------------------------------------------------------------------------
 
@@ -384,9 +338,6 @@ class TransformersEngine:
 
     def _tokens(self, continuation: Continuation) -> Sequence[int]:
         return self.codec.encode_data(continuation) if isinstance(continuation, str) else continuation
-
-    def _tensor(self, array: NDArray[np.integer]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
 
     def _check_length(self, n: int) -> None:
         if n > self.context_length:
@@ -415,62 +366,56 @@ class TransformersEngine:
 
         Eager attention fed a bool mask was silently wrong by 20 nats, so this is measured at every load.
         """
+        tree = self._tree
         prompt = self._encode("a b c d")
-        other = sorted({t % int(self._lm_head.weight.shape[0]) for t in (5, 17, 29, 60)})
+        other = sorted({t % int(tree.head.weight.shape[0]) for t in (5, 17, 29, 60)})
         sequences = [other, other[:2] + other[:1], other[1:], other[:1]]
         ids = torch.tensor([[*prompt, *other]], device=self.device)
-        whole = self._model(input_ids=ids, use_cache=False).logits.float()
-        parts = self._lm_head(self._base(input_ids=ids, use_cache=False).last_hidden_state).float()
+        whole = tree.model(input_ids=ids, use_cache=False).logits.float()
         # A head that scales or caps its logits is more than one matrix.
-        self._headless = not torch.allclose(whole, parts, atol=1e-2, rtol=1e-2)
+        parts = tree.logits(tree.hidden(ids, use_cache=False))
+        tree.headless = not torch.allclose(whole, parts, atol=1e-2, rtol=1e-2)
         trie = CatalogTrie.build(sequences)
         # bfloat16 moves by a tenth of a nat a token with the layout alone; a wrong mask moves by several.
-        bound = 1e-3 if self._model.dtype == torch.float32 else 0.25 * max(len(s) for s in sequences)
-        try:
-            packed = [self._score_group([(p, trie, 0)])[0] for p in (prompt, prompt[:1])]
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            self._refuse_packing(f"{type(error).__name__}: {error}")
-            return
-        for p, edge in zip((prompt, prompt[:1]), packed, strict=True):
-            for d in range(1, int(trie.depth.max()) + 1):
-                at = np.flatnonzero(trie.depth == d)
-                edge[at] += edge[trie.parent[at]]
-            worst = float(np.abs(edge[trie.item_node] - self._score_plain(p, sequences)).max())
+        bound = 1e-3 if tree.model.dtype == torch.float32 else 0.25 * max(len(s) for s in sequences)
+        for start in (prompt, prompt[:1]):
+            plain = np.array([tree.plain(start, s).sum() for s in sequences])
+            try:
+                worst = float(np.abs(self._score_group([(start, trie, 0)])[0] - plain).max())
+            except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+                self._refuse_packing(f"{type(error).__name__}: {error}")
+                return
             if not worst <= bound:
                 self._refuse_packing(f"scores differ by {worst:.3g} nats from plain forwards")
                 return
+        tree.tokens_run = 0
 
     def _refuse_packing(self, why: str) -> None:
         self._packed = False
         warnings.warn(
-            f"{type(self._model).__name__} gives other scores behind a shared prompt ({why}); "
+            f"{type(self._tree.model).__name__} gives other scores behind a shared prompt ({why}); "
             "scoring runs one full sequence a candidate, which is right and slow",
             stacklevel=4,
         )
 
 
-def _tokens_at(trie: CatalogTrie, nodes: NDArray[np.int64], root: int) -> NDArray[np.int64]:
-    return np.where(nodes == 0, root, trie.token[nodes]).astype(np.int64)
+def _width(ids: Sequence[int], trie: CatalogTrie) -> int:
+    return max(len(ids), min(trie.n_nodes, _PIECE))
 
 
-def _branch(last: int, trie: CatalogTrie, nodes: NDArray[np.int64], length: int, cached: int) -> _Branch:
-    """A piece of a trie behind a prompt: ``nodes`` ascending, with every ancestor among them."""
-    sees = np.zeros((len(nodes), cached + len(nodes)), dtype=bool)
-    sees[:, :length] = True
-    # Depth-first numbering: a is an ancestor of b (or b) exactly when a <= b < end[a].
-    sees[:, cached:] = (nodes <= nodes[:, None]) & (nodes[:, None] < trie.end[nodes])
-    return _Branch(_tokens_at(trie, nodes, last), trie.depth[nodes].astype(np.int64), sees)
+def _split(values: NDArray[np.float64], like: Sequence[NDArray[np.integer]]) -> list[NDArray[np.float64]]:
+    return np.split(values, np.cumsum([len(part) for part in like])[:-1])
 
 
-def _pieces(trie: CatalogTrie) -> Iterator[tuple[NDArray[np.int64], int]]:
-    """Cut the inner nodes, depth first, into pieces of about _PIECE; each repeats the ancestors of its first.
+def _pieces(trie: CatalogTrie, size: int) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Cut the inner nodes, depth first, into pieces of ``size``; each repeats the ancestors of its first.
 
     Yields (nodes ascending, number of repeated ancestors at the start). Leaves are never run: nothing
     is scored behind them.
     """
     inner = np.flatnonzero(trie.end > np.arange(trie.n_nodes) + 1)
-    for start in range(0, len(inner), _PIECE):
-        chunk = inner[start : start + _PIECE]
+    for start in range(0, len(inner), size):
+        chunk = inner[start : start + size]
         above: list[int] = []
         node = int(trie.parent[chunk[0]])
         while node >= 0:

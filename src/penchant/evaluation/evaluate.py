@@ -65,7 +65,7 @@ def evaluate(
         notes.append("no target has a history, so the LLM stage ran on none")
     if len(chosen):
         begun = time.perf_counter()
-        reranked, inside = _llm_ranks(model, targets.take(chosen), stages)
+        reranked, choices = _llm_ranks(model, targets.take(chosen), stages)
         seconds["LLM stage"] = time.perf_counter() - begun
         group = (
             f"the same {len(chosen):,} of them (seed {seed}) for every system; "
@@ -73,7 +73,7 @@ def evaluate(
         )
         some = {name: rank[chosen] for name, rank in plain.items()}
         rows += _rows(group, {**some, **reranked}, k, seed)
-        rows += _random_order(group, inside, min(model.config.candidates, model.log.n_items), k, seed)
+        rows += _random_order(group, choices, k, seed)
         fused, encoder = reranked[_fused_name(model.fusion)], some["encoder"]
         rows.append(
             Row(
@@ -141,8 +141,11 @@ def _fused_name(fusion: Fusion) -> str:
     return f"llm+interest (weight {fusion.weight:g}, calibration {fusion.calibration:g})"
 
 
-def _llm_ranks(model: Recommender, targets: Targets, stages: Stages) -> tuple[dict[str, Ranks], NDArray[np.bool_]]:
-    """Ranks after the LLM reorders the retrieved candidates (a target outside them is a miss), and which are inside."""
+def _llm_ranks(model: Recommender, targets: Targets, stages: Stages) -> tuple[dict[str, Ranks], NDArray[np.int64]]:
+    """Ranks after the LLM reorders the retrieved candidates (a target outside them is a miss).
+
+    Also how many candidates each target stands among, 0 where it is outside them.
+    """
     histories = [targets.history(i) for i in range(len(targets))]
     items, interest = model.retrieve(histories, model.config.candidates)
     candidates: list[Items] = [row[row >= 0] for row in items]
@@ -163,8 +166,8 @@ def _llm_ranks(model: Recommender, targets: Targets, stages: Stages) -> tuple[di
                 scores = fusion.scores(interest[i][: len(row)], lik, model.ranker.prior[row])
                 found[i] = (scores >= scores[at[0]]).sum()
         ranks[name] = found
-    inside = np.array([t in row for t, row in zip(targets.item, candidates, strict=True)], dtype=bool)
-    return ranks, inside
+    choices = [len(row) if t in row else 0 for t, row in zip(targets.item, candidates, strict=True)]
+    return ranks, np.array(choices, dtype=np.int64)
 
 
 def _rows(group: str, ranks: Mapping[str, Ranks], k: int, seed: int) -> list[Row]:
@@ -181,11 +184,16 @@ def _rows(group: str, ranks: Mapping[str, Ranks], k: int, seed: int) -> list[Row
     ]
 
 
-def _random_order(group: str, inside: NDArray[np.bool_], n: int, k: int, seed: int) -> list[Row]:
-    """What the candidates give in random order, in expectation: the floor under any ranking of them."""
-    positions = np.arange(1, n + 1)
-    recall = inside * float(metrics.recall(positions, k).mean())
-    ndcg = inside * float(metrics.ndcg(positions, k).mean())
+def _random_order(group: str, choices: NDArray[np.int64], k: int, seed: int) -> list[Row]:
+    """What the candidates give in random order, in expectation: the floor under any ranking of them.
+
+    ``choices`` (n,) is how many candidates each target stands among, each place as likely; 0 where it is none.
+    """
+    recall, ndcg = np.zeros(len(choices)), np.zeros(len(choices))
+    for n in np.unique(choices[choices > 0]):
+        places = np.arange(1, n + 1)
+        recall[choices == n] = metrics.recall(places, k).mean()
+        ndcg[choices == n] = metrics.ndcg(places, k).mean()
     return [
         Row(
             group,

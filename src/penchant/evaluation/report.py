@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from dataclasses import asdict, dataclass, field
@@ -40,8 +41,8 @@ class Report:
         raise KeyError(system)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: rows, notes, settings, seconds, and the machine and versions it ran on."""
-        return {**asdict(self), "environment": environment()}
+        """For JSON: rows, notes, settings, seconds, and the machine and versions it ran on; null where no number."""
+        return {**_without_nan(asdict(self)), "environment": environment()}
 
     def to_text(self) -> str:
         """The table: one block a group of users, mean [95% interval]."""
@@ -57,6 +58,15 @@ class Report:
             lines.append(f"  {row.system:<{width}}{cells}")
         lines += ["", *(f"* {note}" for note in self.notes)]
         return "\n".join(lines).lstrip("\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN, which JSON has no word for, as None."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _cell(estimate: Estimate, difference: bool) -> str:
