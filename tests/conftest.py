@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,9 @@ from penchant.engine.loading import load_engine
 from penchant.engine.transformers import TransformersEngine
 from tests import tiny
 from tests.fake_engine import FakeEngine
+
+# Two threads on tiny models wait for each other longer than they work; test_smollm2.py asks for more.
+torch.set_num_threads(1)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -75,6 +75,16 @@ def test_it_replaces_what_stood_there(staging: Staging, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
+@both
+def test_a_link_is_replaced_and_what_it_points_to_is_left_alone(staging: Staging, tmp_path: Path) -> None:
+    fill(staging, tmp_path / "mine", "mine")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    fill(staging, tmp_path / "link", "new")
+    assert read(tmp_path / "link") == "new"
+    assert read(tmp_path / "mine") == "mine"
+    assert not (tmp_path / "link").is_symlink()
+
+
 def test_a_replaced_folder_keeps_nothing_of_the_old(tmp_path: Path) -> None:
     with staged_folder(tmp_path / "t") as stage:
         (stage / "only old").touch()

@@ -125,12 +125,12 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(python: Path, *arguments: object, cwd: Path) -> str:
-    """What ``python ARGUMENTS`` prints, in a folder that is not the repository's."""
+    """What ``python ARGUMENTS`` prints (and nothing on stderr), in a folder that is not the repository's."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment = {**kept, "PENCHANT_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
     command = [str(python), *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=cwd, env=environment)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 

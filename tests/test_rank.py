@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from penchant.errors import DataError, ModelError
+from penchant.engine.transformers import TransformersEngine
+from penchant.errors import ConfigError, DataError, ModelError
 from penchant.prompt import Templates
-from penchant.rank import CALIBRATIONS, WEIGHTS, Fusion, Ranker, choose_fusion, zscore
+from penchant.rank import CALIBRATIONS, WEIGHTS, Fusion, Ranker, choose_fusion, label_logprobs, zscore
+from penchant.tokens import Prompt, Segment
 from tests.fake_engine import FakeEngine
 from tests.tiny import TITLES
 
@@ -327,3 +329,22 @@ def test_progress_goes_to_the_engine(fake_engine: FakeEngine) -> None:
     told: list[int] = []
     ranker(fake_engine).likelihoods(items([0]), items([1]), told.append)
     assert asked == [told.append]
+
+
+def test_labels_are_scored_as_the_next_token_and_calibrated_by_the_prior(byte_engine: TransformersEngine) -> None:
+    def plain(text: str) -> Prompt:
+        return Prompt((Segment(text, True),))
+
+    prompts, prior = [plain("Heat (1995)"), plain("Up")], plain("a b")
+    got = label_logprobs(byte_engine, prompts, ["A", "B", "7"])
+    for prompt, row in zip(prompts, got, strict=True):
+        ids = byte_engine.codec.encode(prompt)
+        expected = [byte_engine._tree.plain(ids, byte_engine.codec.encode_template(c)).sum() for c in "AB7"]
+        np.testing.assert_allclose(row, expected, atol=1e-4)
+    calibrated = label_logprobs(byte_engine, prompts, ["A", "B", "7"], prior=prior)
+    np.testing.assert_allclose(calibrated, got - label_logprobs(byte_engine, [prior], ["A", "B", "7"]), atol=1e-4)
+
+
+def test_a_label_of_several_tokens_is_refused(byte_engine: TransformersEngine) -> None:
+    with pytest.raises(ConfigError, match="'Perhaps' has"):
+        label_logprobs(byte_engine, [], ["A", "Perhaps"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,14 @@ from penchant.prompt import Templates
 pytestmark = [pytest.mark.smollm2, pytest.mark.timeout(600)]
 
 TITLES = ["Toy Story (1995)", "Toy Story 2 (1999)", "Heat (1995)", "Alien (1979)", "Aliens (1986)", "七人の侍 (1954)"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _PARQUET_TORN = "thrift: transport error"
 
 
-def _disk_full(error: BaseException) -> bool:
+def disk_full(error: BaseException) -> bool:
+    """Whether an error, of Python's or of a library in Rust, says that there was no room to write."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     if _PARQUET_TORN in str(error):
@@ -45,7 +46,7 @@ def _as_storage_error(target: Path) -> Iterator[None]:
         # Staged in a stage: the outer target is the one that the user knows.
         inner = raised.__cause__ if isinstance(raised, StorageError) else None
         error = inner if isinstance(inner, Exception) else raised
-        if _disk_full(error):
+        if disk_full(error):
             raise StorageError(
                 f"no room to write it ({error}); nothing was left behind",
                 where=str(target),

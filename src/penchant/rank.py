@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penchant import metrics
-from penchant.errors import ModelError
+from penchant.errors import ConfigError, ModelError
 from penchant.prompt import Rendered, Templates
 
 if TYPE_CHECKING:
     from penchant.engine import Engine, Progress
+    from penchant.tokens import Prompt
 
 # How much of the no-history likelihood is taken out, and how much the LLM weighs: what validation chooses from.
 CALIBRATIONS = (0.0, 0.5, 1.0)
@@ -87,6 +88,33 @@ def choose_fusion(
             if found > best_quality:
                 best, best_quality = Fusion(weight, calibration), found
     return Fusion(best.weight, best.calibration, best_quality, alone, len(target))
+
+
+def label_logprobs(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    labels: Sequence[str],
+    *,
+    prior: Prompt | None = None,
+    progress: Progress | None = None,
+) -> NDArray[np.float64]:
+    """log p of each label as the next token of each prompt, in nats: (n_prompts, n_labels), one forward a prompt.
+
+    With ``prior``, a prompt without history, its own log p of each label is taken out (Zhao et al. 2021,
+    "Calibrate Before Use"). A label that isn't exactly one token is a ConfigError.
+    """
+    tokens = [engine.codec.encode_template(label) for label in labels]
+    for label, ids in zip(labels, tokens, strict=True):
+        if len(ids) != 1:
+            raise ConfigError(
+                f"the label {label!r} has {len(ids)} tokens in this model's vocabulary, and must be one",
+                where="labels",
+                remedy="use other labels, such as Yes and No or single letters",
+            )
+    asked = [*prompts] if prior is None else [*prompts, prior]
+    got = engine.score(asked, [tokens] * len(asked), progress=progress)
+    rows = np.array(got[: len(prompts)], dtype=np.float64).reshape(len(prompts), len(labels))
+    return rows if prior is None else rows - got[-1]
 
 
 class Ranker:

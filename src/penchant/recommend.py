@@ -255,13 +255,16 @@ class Recommender(Fitted):
         deny: Sequence[str] | None = None,
         where: pl.Expr | None = None,
         include_seen: bool = False,
+        calibration: float = 0.0,
         batch: int = 256,
     ) -> pl.DataFrame:
         """The k best items for known users, or for one history of item ids or titles, oldest first.
 
         Serves from every event the model was given. ``method``: "rank" (the LLM ranks retrieved
         candidates), "retrieve" (the encoder alone), "generate" (the LLM names items of the whole
-        catalogue). ``allow`` and ``deny`` are item ids, ``where`` a polars predicate on item columns.
+        catalogue; ``calibration`` is then how much of an item's no-history likelihood is taken out, and
+        costs one scoring of all items the first time). ``allow`` and ``deny`` are item ids, ``where`` a polars
+        predicate on item columns.
 
         Columns: user_id (null for a history), item_id, title, score, rank from 1, stage. Scores compare
         within a user and a stage only. Fewer than k rows where the filters leave fewer.
@@ -280,7 +283,7 @@ class Recommender(Fitted):
             part = histories[start : start + batch]
             seen = [nobody if include_seen else h for h in part]
             for name, answer in zip(
-                names[start : start + batch], self._answer(part, seen, k, method, allowed), strict=True
+                names[start : start + batch], self._answer(part, seen, k, method, allowed, calibration), strict=True
             ):
                 rows += [(name, item, score, rank, stage) for rank, (item, score, stage) in enumerate(answer, 1)]
         items = self.split.dataset.items
@@ -303,6 +306,7 @@ class Recommender(Fitted):
         k: int,
         method: Method,
         allowed: NDArray[np.bool_] | None,
+        calibration: float,
     ) -> list[list[tuple[int, float, str]]]:
         """(item, score, stage) best first for each history; popularity where there is nothing to go on."""
         out: list[list[tuple[int, float, str]]] = [[] for _ in histories]
@@ -313,7 +317,7 @@ class Recommender(Fitted):
             return out
         known, masked = [histories[i] for i in warm], [seen[i] for i in warm]
         if method == "generate":
-            for i, answer in zip(warm, self._generate(known, masked, k, allowed), strict=True):
+            for i, answer in zip(warm, self._generate(known, masked, k, allowed, calibration), strict=True):
                 out[i] = answer
             return out
         n = max(k, self.config.candidates) if method == "rank" else k
@@ -336,7 +340,12 @@ class Recommender(Fitted):
         return [answer[:k] for answer in out]
 
     def _generate(
-        self, histories: Sequence[Items], seen: Sequence[Items], k: int, allowed: NDArray[np.bool_] | None
+        self,
+        histories: Sequence[Items],
+        seen: Sequence[Items],
+        k: int,
+        allowed: NDArray[np.bool_] | None,
+        calibration: float,
     ) -> list[list[tuple[int, float, str]]]:
         masks = []
         for row in seen:
@@ -344,8 +353,9 @@ class Recommender(Fitted):
             mask[row] = False
             masks.append(mask)
         prompts = [self.ranker.prompt(h).prompt for h in histories]
-        answers = self.engine.generate(prompts, self.trie, k, allowed=masks)
-        return [[(g.item, g.logprob, schema.STAGE_GENERATED) for g in answer] for answer in answers]
+        bonus = -calibration * self.ranker.priors(np.arange(len(self.texts))) if calibration else None
+        answers = self.engine.generate(prompts, self.trie, k, allowed=masks, bonus=bonus)
+        return [[(g.item, g.score, schema.STAGE_GENERATED) for g in answer] for answer in answers]
 
     def _popular(self, k: int, allowed: NDArray[np.bool_] | None) -> list[tuple[int, float, str]]:
         counts = np.bincount(self.log.item, minlength=self.log.n_items).astype(np.float64)

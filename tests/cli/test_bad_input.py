@@ -686,6 +686,25 @@ def test_the_command_line_itself(penchant: Call, ready: Any) -> None:
         assert "Traceback" not in ended.err
 
 
+def test_an_argument_that_is_no_text(refuse: Refuse, ready: Any) -> None:
+    """A path from an old file system, byte 0xff in it: most libraries here could not open it."""
+    refuse("prepare", ready.log, ready.items, "--out", "data\udcff", said=["argument", "not UTF-8", "rename"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["doctor", "--help"]])
+def test_answers_that_find_no_room(arguments: list[str]) -> None:
+    """``penchant ... > file`` on a full disk: one error, and Python's own complaint at its end stays away."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "penchant", *arguments]
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2, done.stderr
+    assert lines[0].startswith("error: stdout: no room to write it")
+    assert lines[1].startswith("  remedy: ")
+
+
 # -- a full disk -------------------------------------------------------------------------------
 
 # One process for all verbs and limits: the file-size limit stands in for a disk with so much room left.

@@ -136,3 +136,37 @@ def test_a_prompt_over_the_context_says_by_how_much(engine: Engine, items: list[
         engine.score([prompt], [items])
     with pytest.raises(PenchantError, match=f"{over} over"):
         engine.generate([prompt], CatalogTrie.build(items), 1)
+
+
+def test_a_bonus_is_added_to_each_item_and_the_search_stays_exact(engine: Engine, items: list[tuple[int, ...]]) -> None:
+    """As for calibration: minus the no-history likelihood, which isn't monotone along a path."""
+    trie = CatalogTrie.build(items)
+    bonus = np.random.default_rng(1).normal(scale=9, size=len(items))
+    scores = engine.score(PROMPTS, [items] * len(PROMPTS))
+    for row, answer in zip(scores, engine.generate(PROMPTS, trie, 5, bonus=bonus), strict=True):
+        order = np.argsort(-(row + bonus))[:5]
+        assert [g.item for g in answer] == order.tolist()
+        np.testing.assert_allclose([g.score for g in answer], (row + bonus)[order], atol=1e-4)
+        np.testing.assert_allclose([g.logprob for g in answer], row[order], atol=1e-4)
+        assert all(g.exact for g in answer)
+
+
+def test_removed_items_are_never_named(engine: Engine, items: list[tuple[int, ...]]) -> None:
+    trie = CatalogTrie.build(items).without([0, 3])
+    for answer in engine.generate(PROMPTS, trie, len(items)):
+        assert len(answer) == len(items) - 2
+        assert not {0, 3}.intersection(g.item for g in answer)
+
+
+def test_beams_name_valid_items_with_their_true_scores_and_wide_ones_find_the_best(
+    engine: Engine, items: list[tuple[int, ...]]
+) -> None:
+    trie = CatalogTrie.build(items)
+    scores = engine.score(PROMPTS, [items] * len(PROMPTS))
+    for row, narrow, wide in zip(
+        scores, engine.generate(PROMPTS, trie, 3, beams=2), engine.generate(PROMPTS, trie, 3, beams=40), strict=True
+    ):
+        for g in narrow:
+            assert g.logprob == pytest.approx(row[g.item], abs=1e-4)
+        assert len({g.item for g in narrow}) == len(narrow)
+        np.testing.assert_allclose([g.logprob for g in wide], np.sort(row)[::-1][:3], atol=1e-4)

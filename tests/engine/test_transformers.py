@@ -49,6 +49,10 @@ def plainly(engine: TransformersEngine, ids: list[int], sequences: list[tuple[in
     return np.array([engine._tree.plain(ids, sequence).sum() for sequence in sequences])
 
 
+def plainly_each(engine: TransformersEngine, ids: list[int], sequence: tuple[int, ...]) -> np.ndarray:
+    return engine._tree.plain(ids, sequence)
+
+
 def test_scores_equal_full_forwards(tiny_folder: Path, tiny_engine: TransformersEngine) -> None:
     items = tiny_engine.codec.encode_items(tiny.TITLES, "\n")
     prompts = ["Heat (1995)", "a b c d e f g " * 5]
@@ -110,10 +114,38 @@ def test_a_continuation_need_not_end_in_the_terminator(tiny_engine: Transformers
     np.testing.assert_allclose(row, plain, atol=1e-4)
 
 
+def test_the_parts_of_a_generations_logprob_are_its_tokens(tiny_folder: Path, tiny_engine: TransformersEngine) -> None:
+    items = tiny_engine.codec.encode_items(tiny.TITLES, "\n")
+    (answer,) = tiny_engine.generate(["Heat"], CatalogTrie.build(items), 4)
+    for g in answer:
+        steps = plainly_each(tiny_engine, tiny_engine.codec.encode("Heat"), items[g.item])
+        np.testing.assert_allclose(g.token_logprobs, steps, atol=1e-4)
+
+
+def test_prompts_that_share_a_beginning_share_it_and_score_the_same(tiny_engine: TransformersEngine) -> None:
+    items = tiny_engine.codec.encode_items(tiny.TITLES, "\n")
+    start = "One user's history, in the order of time, one title a line and much more of it: "
+    prompts = [start + end for end in ("Heat", "Up (2009)", "a longer end of it, to be uneven")]
+    before = tiny_engine.tokens_run
+    together = tiny_engine.score(prompts, [items] * 3)
+    run = tiny_engine.tokens_run - before
+    before = tiny_engine.tokens_run
+    for prompt, row in zip(prompts, together, strict=True):
+        np.testing.assert_allclose(tiny_engine.score([prompt], [items])[0], row, atol=1e-4)
+    assert run < tiny_engine.tokens_run - before
+    labels = [[item[:1] for item in items]] * 3  # one token each: the prompts alone are run
+    for prompt, row in zip(prompts, tiny_engine.score(prompts, labels), strict=True):
+        np.testing.assert_allclose(row, plainly(tiny_engine, tiny_engine.codec.encode(prompt), labels[0]), atol=1e-4)
+
+
 def test_a_search_out_of_budget_says_it_is_not_exact(tiny_engine: TransformersEngine) -> None:
     trie = CatalogTrie.build(tiny_engine.codec.encode_items(tiny.TITLES, "\n"))
     (cut,) = tiny_engine.generate(["Heat"], trie, 10, max_expansions=12)
     assert not any(g.exact for g in cut)
+    best = tiny_engine.generate(["Heat"], trie, 10)[0]
+    assert all(g.logprob <= b.logprob + 1e-6 for g, b in zip(cut, best, strict=False))
+    if len(cut) == 10:
+        assert best[9].logprob <= cut[9].logprob + cut[9].gap + 1e-6
     (full,) = tiny_engine.generate(["Heat"], trie, 10)
     assert all(g.exact for g in full)
 

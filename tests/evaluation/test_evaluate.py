@@ -118,7 +118,7 @@ def z(values: Sequence[float]) -> np.ndarray:
 
 
 def reranked(model: Recommender, targets: Targets) -> tuple[dict[str, list[float]], list[int]]:
-    """Ranks of the LLM's systems (infinity where the target is no candidate), and candidates a target is among."""
+    """Ranks of the LLM's systems (the encoder's own behind the candidates), and candidates a target is among."""
     out: dict[str, list[float]] = {name: [] for name in LLM_SYSTEMS}
     choices = []
     codec, engine = model.engine.codec, FakeEngine()
@@ -135,7 +135,8 @@ def reranked(model: Recommender, targets: Targets) -> tuple[dict[str, list[float
             logp.append(engine.score([prompt], [tokens])[0])
         for name, (weight, calibration) in LLM_SYSTEMS.items():
             if target not in candidates:
-                out[name].append(math.inf)
+                behind = sum(scores[j] >= scores[target] for j in unseen)
+                out[name].append(max(behind, CANDIDATES + 1))
                 continue
             mixed = (1 - weight) * z([scores[j] for j in candidates]) + weight * z(logp[0] - calibration * logp[1])
             own = mixed[candidates.index(target)]
@@ -255,9 +256,9 @@ def test_every_system_is_shown_on_the_same_seeded_sample(model: Recommender) -> 
     seen: list[Targets] = []
     true_ranks = module._llm_ranks
 
-    def spy(model: Recommender, part: Targets, stages: Any) -> Any:
+    def spy(model: Recommender, part: Targets, *rest: Any) -> Any:
         seen.append(part)
-        return true_ranks(model, part, stages)
+        return true_ranks(model, part, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_llm_ranks", spy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import typer
@@ -17,7 +18,8 @@ from penchant.cli.fit import fit_command
 from penchant.cli.prepare import prepare_command
 from penchant.cli.prompt import prompt_command
 from penchant.cli.recommend import recommend_command
-from penchant.errors import PenchantError
+from penchant.errors import ConfigError, PenchantError
+from penchant.files import disk_full
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,7 +57,16 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a title that the terminal cannot show is no reason to stop
     try:
+        for argument in sys.argv[1:]:
+            if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+                raise ConfigError("not UTF-8", where=f"argument {argument!r}", remedy="rename the file or folder")
         app()
     except PenchantError as error:
         err.print(f"error: {error}")
+        sys.exit(2)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        err.print(f"error: stdout: no room to write it ({error})\n  remedy: free disk space and run it again")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain once more when it flushes at its end
         sys.exit(2)

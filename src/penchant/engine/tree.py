@@ -156,6 +156,7 @@ class TreeRunner:
     def tensor(self, array: NDArray[np.integer]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
 
+    @torch.inference_mode()
     def plain(self, prompt: Sequence[int], sequence: Sequence[int]) -> NDArray[np.float64]:
         """The reference: log p of each token of one sequence behind the whole prompt, by one full forward."""
         ids = torch.tensor([[*prompt, *sequence]], device=self.device)

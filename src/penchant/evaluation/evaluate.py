@@ -65,7 +65,7 @@ def evaluate(
         notes.append("no target has a history, so the LLM stage ran on none")
     if len(chosen):
         begun = time.perf_counter()
-        reranked, choices = _llm_ranks(model, targets.take(chosen), stages)
+        reranked, choices = _llm_ranks(model, targets.take(chosen), plain["encoder"][chosen], stages)
         seconds["LLM stage"] = time.perf_counter() - begun
         group = (
             f"the same {len(chosen):,} of them (seed {seed}) for every system; "
@@ -141,8 +141,10 @@ def _fused_name(fusion: Fusion) -> str:
     return f"llm+interest (weight {fusion.weight:g}, calibration {fusion.calibration:g})"
 
 
-def _llm_ranks(model: Recommender, targets: Targets, stages: Stages) -> tuple[dict[str, Ranks], NDArray[np.int64]]:
-    """Ranks after the LLM reorders the retrieved candidates (a target outside them is a miss).
+def _llm_ranks(
+    model: Recommender, targets: Targets, encoder: Ranks, stages: Stages
+) -> tuple[dict[str, Ranks], NDArray[np.int64]]:
+    """Ranks after the LLM reorders the retrieved candidates; behind them the encoder's order goes on.
 
     Also how many candidates each target stands among, 0 where it is outside them.
     """
@@ -157,9 +159,8 @@ def _llm_ranks(model: Recommender, targets: Targets, stages: Stages) -> tuple[di
         _fused_name(model.fusion): model.fusion,
     }
     ranks: dict[str, Ranks] = {}
-    missed = 10 * model.config.candidates + 1_000
     for name, fusion in variants.items():
-        found = np.full(len(targets), missed, dtype=np.int64)
+        found = np.maximum(encoder, model.config.candidates + 1)
         for i, (row, lik) in enumerate(zip(candidates, likelihood, strict=True)):
             at = np.flatnonzero(row == targets.item[i])
             if at.size:

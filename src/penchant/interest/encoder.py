@@ -112,7 +112,8 @@ class InterestEncoder(nn.Module):
     @classmethod
     def load(cls, path: Path, config: EncoderConfig, n_items: int, text: NDArray[np.float32] | None) -> InterestEncoder:
         """Read weights written by ``save`` into an encoder of the same shape; StorageError where they don't fit."""
-        encoder = cls(config, n_items, text)
+        with torch.random.fork_rng(devices=[]):  # its first weights are thrown away; the caller's randomness is not
+            encoder = cls(config, n_items, text)
         try:
             encoder.load_state_dict(load_file(path))
         except (OSError, RuntimeError, SafetensorError) as error:

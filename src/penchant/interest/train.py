@@ -112,6 +112,12 @@ def _train(
             n = int(real.sum())
             summed, targets = summed + float(loss.detach()) * n, targets + n
         score = validate(model)
+        if not math.isfinite(score):
+            raise ModelError(
+                f"the validation score is {score} in epoch {epoch}",
+                where="interest encoder",
+                remedy="check the validation targets and the item vectors",
+            )
         seconds = time.perf_counter() - begun
         log.append({"epoch": epoch, "loss": summed / targets, "valid_ndcg@10": score, "seconds": round(seconds, 2)})
         if on_epoch:
