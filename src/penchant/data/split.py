@@ -55,15 +55,15 @@ class Split:
     def verify(self) -> None:
         """Re-derive that nothing is later than what it helps to predict; DataError naming the user otherwise."""
         log = self.log
+        latest = _latest_before(log)
         for name, targets in (("valid", self.valid), ("test", self.test)):
-            for position in targets.position:
-                past = log.before(int(position))
-                if log.time[past].size and log.time[past].max() > log.time[position]:
-                    raise DataError(
-                        "a history holds an event later than its target",
-                        where=f"{name}, user {log.user_ids[log.user[position]]}",
-                        remedy="the interactions are not in order: make the dataset again with `penchant prepare`",
-                    )
+            late = targets.position[latest[targets.position] > log.time[targets.position]]
+            if late.size:
+                raise DataError(
+                    "a history holds an event later than its target",
+                    where=f"{name}, user {log.user_ids[log.user[late[0]]]}",
+                    remedy="the interactions are not in order: make the dataset again with `penchant prepare`",
+                )
             if self.train[targets.position].any():
                 raise DataError("a target is also a training event", where=name, remedy="split the dataset again")
         held = np.concatenate([self.valid.position, self.test.position])
@@ -128,6 +128,17 @@ class Split:
                 remedy="make the run again",
             )
         return cls(dataset, log, train, Targets(log, valid), Targets(log, test), saved["spec"])
+
+
+def _latest_before(log: EventLog) -> NDArray[np.int64]:
+    """The latest time in each event's history, (n_events,); the smallest integer where there is no history."""
+    times, rank = np.unique(log.time, return_inverse=True)
+    # Ranks raised by user: a running maximum then starts anew with each user, and nothing overflows.
+    raised = np.maximum.accumulate(log.user.astype(np.int64) * len(times) + rank)
+    before = np.concatenate([[0], raised[:-1]])
+    latest = times[before % len(times)]
+    latest[log.start[:-1]] = np.iinfo(np.int64).min
+    return latest
 
 
 def _ties(targets: Targets) -> int:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # sees its few ancestors only: small pieces of many users waste least (eval/speed/scoring.py measures it).
 _PIECE = 128
 # Open nodes a user expands in one forward of a best-first search: more means fewer forwards, and more nodes in vain.
-_WIDTH = 16
+_WIDTH = 64
 
 _Work = tuple[list[int], CatalogTrie, int]  # prompt ids, its continuations, its place in the answer
 
@@ -373,7 +373,7 @@ class TransformersEngine:
         ids = torch.tensor([[*prompt, *other]], device=self.device)
         whole = tree.model(input_ids=ids, use_cache=False).logits.float()
         # A head that scales or caps its logits is more than one matrix.
-        parts = tree.logits(tree.hidden(ids, use_cache=False))
+        parts = tree.logits(tree.hidden(ids, use_cache=False)).float()
         tree.headless = not torch.allclose(whole, parts, atol=1e-2, rtol=1e-2)
         trie = CatalogTrie.build(sequences)
         # bfloat16 moves by a tenth of a nat a token with the layout alone; a wrong mask moves by several.
