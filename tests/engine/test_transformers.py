@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tests import tiny
+from tests.conftest import SHARED_DATA
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -103,6 +104,40 @@ def test_pieces_batches_and_rows_of_logits_change_nothing(
     monkeypatch.setattr(tiny_engine, "max_batch_tokens", 40)
     for a, b in zip(whole, tiny_engine.score(prompts, lists), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_thousand_candidates_stay_within_the_budget(
+    byte_engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No forward runs more than max_batch_tokens, and no more rows of logits are held than stated."""
+    rng = np.random.default_rng(0)
+    titles = sorted({" ".join(rng.choice(tiny.TITLES, 2)) + f" {i}" for i in range(1000)})
+    items = byte_engine.codec.encode_items(titles, "\n")
+    forwards, heads = [], []
+    base, head = byte_engine._tree.base, byte_engine._tree.head
+    monkeypatch.setattr(byte_engine, "max_batch_tokens", 512)
+    monkeypatch.setattr(
+        byte_engine._tree, "base", lambda **given: (forwards.append(given["input_ids"].numel()), base(**given))[1]
+    )
+    monkeypatch.setattr(byte_engine._tree, "head", lambda rows: (heads.append(len(rows)), head(rows))[1])
+    out = byte_engine.score(["Heat (1995)", "Up", "M (1931)"], [items] * 3)
+    assert [len(row) for row in out] == [1000] * 3
+    assert max(forwards) <= 512
+    assert max(heads) <= tree.LOGIT_ROWS
+
+
+def test_ten_thousand_generations_over_a_real_catalogue_are_valid_and_unique(byte_engine: TransformersEngine) -> None:
+    path = SHARED_DATA / "ml-100k" / "u.item"
+    if not path.is_file():
+        pytest.skip(f"{path.name} of MovieLens-100K is not in the shared data")
+    titles = [line.split("|")[1] for line in path.read_text(encoding="latin-1").splitlines()]
+    trie = CatalogTrie.build(byte_engine.codec.encode_items(titles, "\n"))
+    prompts = [f"{titles[i]}\n" for i in range(200)]
+    answers = byte_engine.generate(prompts, trie, 50, beams=50)
+    assert sum(len(answer) for answer in answers) == 10_000
+    for answer in answers:
+        assert len({g.item for g in answer}) == 50
+        assert all(0 <= g.item < len(titles) for g in answer)
 
 
 def test_a_continuation_need_not_end_in_the_terminator(tiny_engine: TransformersEngine) -> None:

@@ -146,7 +146,8 @@ class TransformersEngine:
         """log p of each trie node given its parent's path: one array (n_nodes,) for each (prompt, trie)."""
         edges = [np.zeros(trie.n_nodes) for _, trie, _ in part]
         prompts = self._tree.prefill([ids for ids, _, _ in part])
-        pieces = [list(_pieces(trie, self._piece(len(part)))) for _, trie, _ in part]
+        size = self._piece(part)
+        pieces = [list(_pieces(trie, size)) for _, trie, _ in part]
         for step in range(max(len(p) for p in pieces)):
             branches: list[Branch] = []
             fresh: list[tuple[NDArray[np.int64], int]] = []
@@ -177,9 +178,10 @@ class TransformersEngine:
             prompts.cache.crop(-width)
         return edges
 
-    def _piece(self, users: int) -> int:
-        """Nodes a piece: as many as fill a forward when there are few users, _PIECE at the least."""
-        return max(_PIECE, min(2 * _PIECE, self.max_batch_tokens // (8 * users)))
+    def _piece(self, part: Sequence[_Work]) -> int:
+        """Nodes a piece: larger ones where few users leave room, and never a forward past max_batch_tokens."""
+        room = self.max_batch_tokens // len(part) - max(int(trie.depth.max()) for _, trie, _ in part)
+        return max(16, min(2 * _PIECE if len(part) <= 4 else _PIECE, room))
 
     # -- generate ------------------------------------------------------------------------------
 
@@ -400,7 +402,7 @@ class TransformersEngine:
 
 
 def _width(ids: Sequence[int], trie: CatalogTrie) -> int:
-    return max(len(ids), min(trie.n_nodes, _PIECE))
+    return max(len(ids), min(trie.n_nodes, _PIECE + int(trie.depth.max())))
 
 
 def _split(values: NDArray[np.float64], like: Sequence[NDArray[np.integer]]) -> list[NDArray[np.float64]]:
