@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from scipy.stats import spearmanr
 
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.loading import load_engine
@@ -157,6 +158,8 @@ def rank(bench: Bench) -> list[dict]:
     peer = sum(timed(lambda i=i: got.__setitem__(i, bench.usual_scores(prompts[i], lists[i]))) for i in sample)
     agree = float(np.mean([np.corrcoef(got[i], scores[i])[0, 1] for i in sample]))
     scaled = peer / len(sample) * len(prompts)
+    reference = load_engine("smollm2-135m", dtype="float32").score(prompts[:2], lists[:2])
+    agreement = float(np.mean([spearmanr(a, b).statistic for a, b in zip(reference, scores, strict=False)]))
     need = must_run(bench, prompts, lists)
     return [
         row(
@@ -169,6 +172,7 @@ def rank(bench: Bench) -> list[dict]:
             bench.rate,
             peer_sampled_users=2,
             correlation=agree,
+            bfloat16_rank_agreement_with_float32_spearman=agreement,
         )
     ]
 

@@ -121,6 +121,10 @@ def _recommend(model: Recommender, out: Path) -> None:
         typer.echo("  recommended:")
         for row in shown.filter(pl.col("user_id") == user).iter_rows(named=True):
             typer.echo(f"  {row['rank']:>2} {row['title']:<60.60} {row['score']:+.3f}  {row['stage']}")
+    named = model.recommend([_SHOWN[0]], 5, method="generate")
+    typer.echo(f"\nuser {_SHOWN[0]}, named by the LLM alone out of the whole catalogue, seen ones left out:")
+    for row in named.iter_rows(named=True):
+        typer.echo(f"  {row['rank']:>2} {row['title']:<60.60} {row['score']:+.3f}  {row['stage']}")
     others = [user for user in model.log.user_ids if user not in _SHOWN]
     everybody = pl.concat([shown, model.recommend(others, 10, method="retrieve")])
     with staged_file(out / "recommendations.parquet") as stage, stage.open("wb") as handle:
