@@ -21,7 +21,7 @@ from penchant.prompt import Rendered, Templates
 
 if TYPE_CHECKING:
     from penchant.engine import Engine, Progress
-    from penchant.tokens import Prompt
+    from penchant.tokens import Prompt, TextCodec
 
 # How much of the no-history likelihood is taken out, and how much the LLM weighs: what validation chooses from.
 CALIBRATIONS = (0.0, 0.5, 1.0)
@@ -90,6 +90,22 @@ def choose_fusion(
     return Fusion(best.weight, best.calibration, best_quality, alone, len(target))
 
 
+def label_tokens(codec: TextCodec, labels: Sequence[str]) -> list[int]:
+    """The one token of each label; ConfigError where a label has several, or two labels share theirs."""
+    tokens = [codec.encode_template(label) for label in labels]
+    for label, ids in zip(labels, tokens, strict=True):
+        if len(ids) != 1:
+            raise ConfigError(
+                f"the label {label!r} has {len(ids)} tokens in this model's vocabulary, and must be one",
+                where="labels",
+                remedy="use other labels, such as Yes and No or single letters",
+            )
+    found = [ids[0] for ids in tokens]
+    if len(set(found)) != len(found):
+        raise ConfigError("two labels are the same token", where="labels", remedy="use labels that differ")
+    return found
+
+
 def label_logprobs(
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -103,14 +119,7 @@ def label_logprobs(
     With ``prior``, a prompt without history, its own log p of each label is taken out (Zhao et al. 2021,
     "Calibrate Before Use"). A label that isn't exactly one token is a ConfigError.
     """
-    tokens = [engine.codec.encode_template(label) for label in labels]
-    for label, ids in zip(labels, tokens, strict=True):
-        if len(ids) != 1:
-            raise ConfigError(
-                f"the label {label!r} has {len(ids)} tokens in this model's vocabulary, and must be one",
-                where="labels",
-                remedy="use other labels, such as Yes and No or single letters",
-            )
+    tokens = [(token,) for token in label_tokens(engine.codec, labels)]
     asked = [*prompts] if prior is None else [*prompts, prior]
     got = engine.score(asked, [tokens] * len(asked), progress=progress)
     rows = np.array(got[: len(prompts)], dtype=np.float64).reshape(len(prompts), len(labels))

@@ -107,7 +107,7 @@ class Recommender(Fitted):
 
             def validate(encoder: InterestEncoder) -> float:
                 done(1)
-                return _ndcg(encoder, histories, stopping.item)
+                return encoder_ndcg(encoder, histories, stopping.item)
 
             encoder, training = train_encoder(
                 training_sequences(split),
@@ -440,7 +440,7 @@ def training_sequences(split: Split) -> list[Items]:
     return [s for s in sequences if len(s)]
 
 
-def _ndcg(encoder: InterestEncoder, histories: Sequence[Items], target: NDArray[np.integer]) -> float:
+def encoder_ndcg(encoder: InterestEncoder, histories: Sequence[Items], target: NDArray[np.integer]) -> float:
     """Mean NDCG@10 over all items, seen ones masked; users without a history count 0."""
     warm = [i for i, h in enumerate(histories) if len(h)]
     if not warm:

@@ -14,7 +14,9 @@ from penchant.cli.demo import demo_command
 from penchant.cli.doctor import doctor_command
 from penchant.cli.evaluate import evaluate_command
 from penchant.cli.fetch import fetch_command
+from penchant.cli.finetune import SETTINGS, finetune_command
 from penchant.cli.fit import fit_command
+from penchant.cli.merge import merge_command
 from penchant.cli.prepare import prepare_command
 from penchant.cli.prompt import prompt_command
 from penchant.cli.recommend import recommend_command
@@ -31,6 +33,8 @@ app = typer.Typer(
 app.command("fetch")(fetch_command)
 app.command("prepare")(prepare_command)
 app.command("fit")(fit_command)
+app.command("finetune", context_settings=SETTINGS)(finetune_command)
+app.command("merge")(merge_command)
 app.command("recommend")(recommend_command)
 app.command("evaluate")(evaluate_command)
 app.command("prompt")(prompt_command)

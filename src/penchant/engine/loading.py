@@ -58,7 +58,7 @@ def load_engine(
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise ConfigError(f"unknown dtype {dtype!r}", remedy="use auto, bfloat16, float16 or float32")
     folder = resolve_model(model)
-    where = _device(device)
+    where = resolve_device(device)
     _require_weights(folder)
     try:
         loaded: PreTrainedModel
@@ -88,11 +88,11 @@ def load_engine(
         loaded = loaded.to(where)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise ConfigError(f"cannot move the model to device {device!r}: {error}", remedy="use auto or cpu") from error
-    fingerprint = _fingerprint(folder)
+    fingerprint = fingerprint_of(folder)
     if adapter is not None:
         adapter_folder = _resolve(adapter, "adapter")
         loaded = _with_adapter(loaded, adapter_folder)
-        fingerprint += "+" + _fingerprint(adapter_folder)
+        fingerprint += "+" + fingerprint_of(adapter_folder)
     name = str(loaded.dtype).removeprefix("torch.")
     return TransformersEngine(
         loaded,
@@ -143,7 +143,8 @@ def _require_weights(folder: Path) -> None:
         )
 
 
-def _device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
+    """The torch device of that name; "auto" is CUDA where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -211,7 +212,7 @@ def describe_model(folder: Path) -> dict[str, int]:
     }
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint_of(folder: Path) -> str:
     """16 hex digits over the names and contents of the files that decide what a model says."""
     digest = hashlib.sha256()
     files = {p for pattern in _PATTERNS for p in folder.glob(pattern) if p.is_file() and p.name != "manifest.json"}

@@ -1,0 +1,107 @@
+"""Packs to tensors: tokens, positions, the additive mask that keeps rows and branches apart, and what is supervised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from penchant.errors import DataError
+from penchant.training.rows import Row
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One forward. ``tokens`` and ``position`` (b, length); ``mask`` (b, 1, length, length), additive.
+
+    Supervision, flat over the batch: ``at`` (m,) indexes the b * length states, ``label``, ``weight`` and
+    ``sequence`` (m,) as in Row; ``group`` (s,) of each candidate sequence; ``choices`` (c,) label tokens.
+    """
+
+    tokens: torch.Tensor
+    position: torch.Tensor
+    mask: torch.Tensor
+    at: torch.Tensor
+    label: torch.Tensor
+    weight: torch.Tensor
+    sequence: torch.Tensor
+    group: torch.Tensor
+    choices: torch.Tensor
+    n_targets: int
+    n_tokens: int  # real ones, padding not counted
+
+
+def collate(packs: Sequence[Sequence[Row]], dtype: torch.dtype, device: torch.device | str = "cpu") -> Batch:
+    """Lay packs out as rows of one tensor, right-padded to the longest; the mask is block-diagonal between rows."""
+    length = max(sum(map(len, rows)) for rows in packs)
+    shape = (len(packs), length)
+    tokens, position = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    row_of = np.full(shape, -1, dtype=np.int64)
+    branch, start = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    at, label, weight, sequence, group = [], [], [], [], []
+    n_sequences = n_groups = number = 0
+    choices: tuple[int, ...] | None = None
+    for p, rows in enumerate(packs):
+        offset = 0
+        for row in rows:
+            where = (p, slice(offset, offset + len(row)))
+            tokens[where], position[where], branch[where], start[where] = (
+                row.tokens,
+                row.position,
+                row.branch,
+                row.start,
+            )
+            row_of[where] = number
+            at.append(row.at + (p * length + offset))
+            label.append(row.label)
+            weight.append(row.weight)
+            sequence.append(row.sequence + n_sequences)
+            group.append(row.group + n_groups)
+            n_sequences += len(row.group)
+            n_groups += int(row.group.max()) + 1
+            if choices is not None and choices != tuple(row.choices):
+                raise DataError("rows with different label sets in one batch", where="training")
+            choices = tuple(row.choices.tolist())
+            number += 1
+            offset += len(row)
+
+    def tensor(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device)
+
+    return Batch(
+        torch.from_numpy(tokens).to(device),
+        torch.from_numpy(position).to(device),
+        _mask(*(torch.from_numpy(a).to(device) for a in (row_of, branch, position, start)), dtype=dtype),
+        tensor(at).long(),
+        tensor(label).long(),
+        tensor(weight),
+        tensor(sequence).long(),
+        tensor(group).long(),
+        torch.tensor(choices or (), dtype=torch.long, device=device),
+        n_groups,
+        int((row_of >= 0).sum()),
+    )
+
+
+def _mask(
+    row: torch.Tensor, branch: torch.Tensor, position: torch.Tensor, start: torch.Tensor, *, dtype: torch.dtype
+) -> torch.Tensor:
+    """Token i sees j of the same row where j is earlier in i's own branch, or in the trunk before i's branch leaves."""
+
+    def pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return a.unsqueeze(2), b.unsqueeze(1)
+
+    row_i, row_j = pair(row, row)
+    branch_i, branch_j = pair(branch, branch)
+    position_i, position_j = pair(position, position)
+    start_i, _ = pair(start, start)
+    own = (branch_i == branch_j) & (position_j <= position_i)
+    trunk = (branch_j == 0) & (position_j < start_i)
+    sees = (row_i == row_j) & (row_i >= 0) & (own | trunk)
+    # Padding sees itself, so that no row of the softmax is empty.
+    sees |= torch.eye(row.shape[1], dtype=torch.bool, device=row.device) & (row_i < 0)
+    # Additive, not bool: eager attention fed a bool mask is silently wrong.
+    mask = torch.zeros(sees.shape, dtype=dtype, device=row.device)
+    return mask.masked_fill_(~sees, torch.finfo(dtype).min).unsqueeze(1)

@@ -1,0 +1,93 @@
+"""Retrieved candidates for training and validation: from an encoder that has never seen the target it retrieves for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penchant.cached import cached_array
+from penchant.data.history import Targets
+from penchant.data.split import Split
+from penchant.interest.encoder import EncoderConfig, InterestEncoder
+from penchant.interest.index import ExactIndex
+from penchant.interest.train import train_encoder
+from penchant.interest.vectors import standardise
+from penchant.recommend import encoder_ndcg, training_sequences
+
+# Validation targets that an encoder's early stopping looks at.
+_STOPPING = 2_000
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """``items`` (n, k) best first, padded with -1, and the encoder's ``scores`` (n, k)."""
+
+    items: NDArray[np.int32]
+    scores: NDArray[np.float32]
+
+
+class Retriever:
+    """Trains encoders on parts of a split's users and retrieves for the others; answers are kept in the cache."""
+
+    def __init__(
+        self, split: Split, vectors: NDArray[np.float32], *, epochs: int, seed: int, key: Sequence[str]
+    ) -> None:
+        self._split, self._vectors, self._seed = split, vectors, seed
+        self._config = EncoderConfig(epochs=epochs, seed=seed)
+        self._key = (split.dataset.content_hash, repr(sorted(split.spec.items())), self._config.model_dump_json(), *key)
+
+    def for_targets(self, targets: Targets, k: int) -> Candidates:
+        """For validation or test targets: one encoder trained on every user's training events."""
+        return self._cached(targets, k, np.zeros(len(targets), dtype=np.int64), folds=1)
+
+    def for_training(self, positions: NDArray[np.int64], k: int, folds: int) -> Candidates:
+        """For training events: users are dealt into folds; a fold's encoder is trained on the other folds' users.
+
+        So no encoder has seen the target, nor anything else of its user.
+        """
+        log = self._split.log
+        fold = np.random.default_rng([self._seed, folds]).permutation(log.n_users) % folds
+        return self._cached(Targets(log, positions), k, fold[log.user[positions]], folds)
+
+    def _cached(self, targets: Targets, k: int, fold: NDArray[np.int64], folds: int) -> Candidates:
+        k = min(k, self._split.log.n_items)
+        key = (*self._key, str(k), str(folds), targets.position.tobytes().hex())
+
+        def compute() -> NDArray[np.float64]:
+            out = np.full((len(targets), k, 2), -np.inf)
+            out[:, :, 0] = -1
+            for f in range(folds):
+                rows = np.flatnonzero((fold == f) & (targets.position > targets.log.start[targets.user]))
+                if rows.size:
+                    encoder = self._encoder(f, folds)
+                    histories = [targets.history(int(i)) for i in rows]
+                    items, scores = ExactIndex(encoder.item_matrix()).search(
+                        encoder.encode(histories), k, exclude=histories
+                    )
+                    out[rows, :, 0], out[rows, :, 1] = items, scores
+            return out
+
+        found = cached_array("candidates", key, compute)
+        return Candidates(found[:, :, 0].astype(np.int32), found[:, :, 1].astype(np.float32))
+
+    def _encoder(self, fold: int, folds: int) -> InterestEncoder:
+        split, log = self._split, self._split.log
+        if folds == 1:
+            sequences = training_sequences(split)
+        else:
+            away = np.random.default_rng([self._seed, folds]).permutation(log.n_users) % folds != fold
+            sequences = [log.item[log.all_of(int(u))][split.train[log.all_of(int(u))]] for u in np.flatnonzero(away)]
+            sequences = [s for s in sequences if len(s)]
+        stopping = split.valid.sample(_STOPPING, self._seed)
+        histories = [stopping.history(i) for i in range(len(stopping))]
+        encoder, _ = train_encoder(
+            sequences,
+            log.n_items,
+            standardise(self._vectors),
+            self._config,
+            lambda model: encoder_ndcg(model, histories, stopping.item),
+        )
+        return encoder

@@ -1,0 +1,417 @@
+"""The loop: steps planned ahead, losses normalised over all processes, checkpoints, validation, guards.
+
+One loop serves all recipes and any number of processes (`accelerate launch`): a step's packs depend on
+the seed alone, each process takes its share of them, and the gradient is that of the summed loss over
+the step's whole weight, however it was cut. In float32 two processes take the steps of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from penchant.errors import ConfigError, ModelError
+from penchant.training.batch import Batch, collate
+from penchant.training.checkpoints import checkpoints, load_checkpoint, prune, save_checkpoint
+from penchant.training.config import TrainConfig
+from penchant.training.journal import Journal
+from penchant.training.packing import Plan
+from penchant.training.rows import Row
+from penchant.training.store import RowStore
+from penchant.training.student import Student
+
+# Steps whose speed decides how many fit the time box, after some that warm up.
+_WARM, _TIMED = 2, 6
+# A run that learns shows it by then.
+_LEARNT_BY = 50
+# Held-out rows whose loss is looked at; more would cost more than they tell.
+_VALID_PACKS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a recipe hands to the loop.
+
+    ``loss`` gives a batch's summed loss in nats by the (possibly wrapped) forward and the student itself,
+    ``weight`` what the sum is divided by. ``score`` measures the student on validation users: a dict whose
+    ``score_name`` entry decides when to stop (larger is better), or None.
+    """
+
+    name: str
+    rows: RowStore
+    valid: Sequence[Row]
+    loss: Callable[[Callable[[Batch], torch.Tensor], Student, Batch], torch.Tensor]
+    weight: Callable[[Batch], float]
+    score: Callable[[Student], dict[str, float]] | None = None
+    score_name: str = "NDCG@10"
+
+
+@dataclass(eq=False)
+class Outcome:
+    """Where training ended: steps done and planned, the best step and its validation, what was seen, why it stopped."""
+
+    steps: int
+    total_steps: int
+    best_step: int
+    best: dict[str, Any] | None
+    targets: int
+    tokens: int
+    seconds: float
+    stopped: str
+    warnings: list[str] = field(default_factory=list)
+
+
+def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
+    """Processes and devices as `accelerate launch` set them up; one process without it."""
+    return Accelerator(
+        cpu=config.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="no",
+        log_with=config.report_to or None,
+        project_dir=str(out) if config.report_to else None,
+    )
+
+
+class Loop:
+    """One training run in the folder ``out``; ``run`` goes on from its newest checkpoint where ``resume`` is set."""
+
+    def __init__(
+        self,
+        task: Task,
+        student: Student,
+        config: TrainConfig,
+        out: Path,
+        *,
+        accelerator: Accelerator,
+        on_record: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.task, self.student, self.config, self.out = task, student, config, out
+        self.accelerator = accelerator
+        self.plan = Plan(
+            task.rows.lengths, pack_tokens=config.pack_tokens, packs_per_step=config.packs_per_step, seed=config.seed
+        )
+        trainable = student.trainable()
+        if not trainable:
+            raise ConfigError("nothing in the model is to be trained", where="training", remedy="check lora.targets")
+        self.optimiser = torch.optim.AdamW(
+            trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.forward: Any = accelerator.prepare(student) if accelerator.num_processes > 1 else student
+        if accelerator.num_processes > config.packs_per_step:
+            raise ConfigError(
+                f"{accelerator.num_processes} processes share {config.packs_per_step} packs a step",
+                where="training",
+                remedy="raise packs_per_step to at least the number of processes",
+            )
+        self._on_record = on_record or (lambda record: None)
+        self._folder = out / "checkpoints"
+        # All that a checkpoint keeps besides weights and moments.
+        self.state: dict[str, Any] = {
+            "total_steps": self._planned(),
+            "targets": 0,
+            "tokens": 0,
+            "seconds": 0.0,
+            "best_step": 0,
+            "best": None,
+            "bad": 0,
+            "first_loss": None,
+            "warnings": [],
+        }
+
+    # -- the run -------------------------------------------------------------------------------
+
+    def run(self, *, resume: bool = False) -> Outcome:
+        step = self._resume() if resume else 0
+        if self.accelerator.is_main_process:
+            self.journal = Journal(self.out / "log.jsonl", resume_step=step if step else None)
+        if step == 0:
+            self._validate(0)
+            self._checkpoint(0)
+        stopped = "finished"
+        due = sorted(60 * m for m in self.config.eval_minutes if 60 * m > self.state["seconds"])
+        while step < self.state["total_steps"]:
+            self._step(step)
+            step += 1
+            self._fix_total(step)
+            last = step == self.state["total_steps"]
+            at_minute = bool(due) and self.state["seconds"] >= due[0]
+            if at_minute:
+                due.pop(0)
+            if step == min(_LEARNT_BY, self.state["total_steps"]):
+                self._check_learning(step)
+            if last or at_minute or step % self._every() == 0:
+                better = self._validate(step)
+                self._checkpoint(step, keep=at_minute)
+                if not better and self.state["bad"] >= self.config.patience and not last:
+                    stopped = f"no better validation in {self.config.patience}"
+                    break
+            elif step % self.config.checkpoint_every == 0:
+                self._checkpoint(step)
+            if not last and self._over_time():
+                self._validate(step)
+                self._checkpoint(step)
+                stopped = "the time box was full before its steps"
+                break
+        self.accelerator.end_training()
+        s = self.state
+        return Outcome(
+            step,
+            s["total_steps"],
+            s["best_step"],
+            s["best"],
+            s["targets"],
+            s["tokens"],
+            round(s["seconds"], 2),
+            stopped,
+            s["warnings"],
+        )
+
+    def best_checkpoint(self) -> Path:
+        """The checkpoint of the best validation."""
+        return self._folder / f"step-{self.state['best_step']:07d}"
+
+    def _step(self, step: int) -> None:
+        begun = time.perf_counter()
+        config, world = self.config, self.accelerator.num_processes
+        self.student.train()
+        packs = self.plan.step(step)[self.accelerator.process_index :: world]
+        batches = [
+            self._batch([[self.task.rows[r] for r in pack] for pack in packs[i : i + config.packs_per_forward]])
+            for i in range(0, len(packs), config.packs_per_forward)
+        ]
+        weight = self._sum(sum(self.task.weight(batch) for batch in batches))
+        if weight <= 0:
+            raise ModelError(f"step {step + 1} has no weighted target", where="training", remedy="check the weights")
+        rate = self._rate(step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        # The noise of dropout is a function of seed, step and process: a resumed run draws the same.
+        torch.manual_seed(hash((config.seed, step, self.accelerator.process_index)) % 2**63)
+        summed = 0.0
+        for i, batch in enumerate(batches):
+            hold = i + 1 < len(batches) and world > 1
+            with self.accelerator.no_sync(self.forward) if hold else contextlib.nullcontext():
+                loss = self.task.loss(self.forward, self.student, batch)
+                # DDP averages gradients over processes: the sum is wanted.
+                self.accelerator.backward(loss * (world / weight))
+            summed += float(loss.detach())
+        loss_value = self._sum(summed) / weight
+        norm = float(torch.nn.utils.clip_grad_norm_(self.student.trainable().values(), config.max_grad_norm))
+        if not (math.isfinite(loss_value) and math.isfinite(norm)):
+            self._stop_not_finite(step, loss_value, norm)
+        if step == 0 and norm == 0:
+            raise ModelError(
+                "no weight gets a gradient: nothing would be learnt",
+                where="training",
+                remedy="check lora.targets, lora.last_layers and the template",
+            )
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        targets = int(self._sum(float(sum(b.n_targets for b in batches))))
+        tokens = int(self._sum(float(sum(b.n_tokens for b in batches))))
+        run = int(self._sum(float(sum(b.tokens.numel() for b in batches))))
+        examples = int(self._sum(float(sum(len(pack) for pack in packs))))
+        seconds = float(self._same({"seconds": time.perf_counter() - begun})["seconds"])
+        self.state["targets"] += targets
+        self.state["tokens"] += tokens
+        self.state["seconds"] += seconds
+        self._record(
+            {
+                "kind": "step",
+                "step": step + 1,
+                "of": self.state["total_steps"],
+                "loss": loss_value,
+                "learning_rate": rate,
+                "gradient_norm": norm,
+                "examples": examples,
+                "targets": targets,
+                "tokens": tokens,
+                "padding": round(1 - tokens / run, 4),
+                "seconds": round(seconds, 4),
+                "minutes": round(self.state["seconds"] / 60, 3),
+                "examples/s": round(examples / seconds, 2),
+                "targets/s": round(targets / seconds, 2),
+                "tokens/s": round(tokens / seconds, 1),
+                "memory_mib": memory_mib(),
+            }
+        )
+
+    def _batch(self, packs: list[list[Row]]) -> Batch:
+        return collate(packs, self.student.dtype, self.student.causal_lm.device)
+
+    # -- validation ----------------------------------------------------------------------------
+
+    def _validate(self, step: int) -> bool:
+        """Held-out loss and score at a step; True where they are the best so far."""
+        found: dict[str, Any] = {}
+        if self.accelerator.is_main_process:
+            begun = time.perf_counter()
+            found["valid_loss"] = self.held_out_loss()
+            if self.task.score is not None:
+                self.student.eval()
+                with torch.no_grad():
+                    found |= self.task.score(self.student)
+                found |= {"score": found[self.task.score_name], "score_name": self.task.score_name}
+            found["validation_seconds"] = round(time.perf_counter() - begun, 2)
+        found = self._same(found)
+        state = self.state
+        if state["first_loss"] is None:
+            if math.isnan(found["valid_loss"]):
+                self._warn("no held-out row: neither loss nor score can say whether this training helps")
+            state["first_loss"] = found["valid_loss"]
+        best = state["best"]
+        better = best is None or _value(found) > _value(best)
+        if better:
+            state |= {"best": found, "best_step": step, "bad": 0}
+        else:
+            state["bad"] += 1
+        minutes = round(state["seconds"] / 60, 3)
+        self._record({"kind": "validation", "step": step, "minutes": minutes, "best": better, **found})
+        return better
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean loss in nats over the validation rows (the first packs of them), NaN where there are none."""
+        self.student.eval()
+        summed = weight = 0.0
+        for rows in _greedy(self.task.valid, self.config.pack_tokens)[:_VALID_PACKS]:
+            batch = self._batch([rows])
+            summed += float(self.task.loss(self.student, self.student, batch))
+            weight += self.task.weight(batch)
+        return summed / weight if weight else math.nan
+
+    def _check_learning(self, step: int) -> None:
+        """A loud word where the held-out loss hasn't moved down since the start."""
+        found = self._same({"loss": self.held_out_loss() if self.accelerator.is_main_process else 0.0})["loss"]
+        first = self.state["first_loss"]
+        if first is not None and not math.isnan(first) and not found < first - 1e-4:
+            self._warn(
+                f"nothing learnt in {step} steps: the held-out loss was {first:.4f} nats and is {found:.4f}; "
+                "raise learning_rate, check the template and the data"
+            )
+
+    # -- small parts ---------------------------------------------------------------------------
+
+    def _planned(self) -> int:
+        steps = max(1, math.ceil(self.config.epochs * self.plan.steps_per_epoch))
+        return min(steps, self.config.max_steps or steps)
+
+    def _fix_total(self, step: int) -> None:
+        """After the first steps, how many fit the time box: fixed then, so that the schedule is known and resumes."""
+        if self.config.max_minutes is None or step != _WARM + _TIMED or self.state.get("fixed"):
+            return
+        records = [r for r in self._records() if r["kind"] == "step"]
+        each = sum(r["seconds"] for r in records[-_TIMED:]) / _TIMED if records else 0.0
+        fits = step + int(max(0.0, 60 * self.config.max_minutes - self.state["seconds"]) / max(each, 1e-9))
+        found = self._same({"total": min(self.state["total_steps"], max(step, fits))})
+        self.state |= {"total_steps": found["total"], "fixed": True}
+
+    def _over_time(self) -> bool:
+        if self.config.max_minutes is None:
+            return False
+        return bool(self._same({"over": self.state["seconds"] > 60 * self.config.max_minutes * 1.05})["over"])
+
+    def _every(self) -> int:
+        return self.config.eval_every or max(1, math.ceil(self.state["total_steps"] / 4))
+
+    def _rate(self, step: int) -> float:
+        """Linear warm-up, then cosine down to a hundredth of the peak."""
+        total = self.state["total_steps"]
+        warm = self.config.warmup * total
+        if step < warm:
+            return self.config.learning_rate * (step + 1) / math.ceil(warm)
+        left = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, total - warm)))
+        return self.config.learning_rate * (0.01 + 0.99 * left)
+
+    def _resume(self) -> int:
+        found = checkpoints(self._folder)
+        if not found:
+            return 0
+        state = load_checkpoint(found[-1], self.student, self.optimiser)
+        self.state |= {name: state[name] for name in state if name != "step"}
+        return int(state["step"])
+
+    def _checkpoint(self, step: int, keep: bool = False) -> None:
+        if keep:
+            self.state.setdefault("kept", []).append(f"step-{step:07d}")
+        if self.accelerator.is_main_process:
+            save_checkpoint(self._folder, self.student, self.optimiser, step, self.state)
+            best = f"step-{self.state['best_step']:07d}"
+            prune(self._folder, {best, *self.state.get("kept", [])})
+        self.accelerator.wait_for_everyone()
+
+    def _stop_not_finite(self, step: int, loss: float, norm: float) -> None:
+        last = checkpoints(self._folder)
+        raise ModelError(
+            f"the loss is {loss} and the gradient's norm {norm} in step {step + 1}; it was not taken",
+            where="training",
+            remedy=f"lower learning_rate or use float32; the last good checkpoint is {last[-1] if last else 'none'}",
+        )
+
+    def _warn(self, text: str) -> None:
+        self.state["warnings"].append(text)
+        if self.accelerator.is_main_process:
+            warnings.warn(text, stacklevel=2)
+
+    def _records(self) -> list[dict[str, Any]]:
+        return self.journal.records if self.accelerator.is_main_process else []
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.journal.write(record)
+        self._on_record(record)
+        if self.config.report_to:
+            numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+            self.accelerator.log({f"{record['kind']}/{k}": v for k, v in numbers.items()}, step=record["step"])
+
+    def _sum(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.reduce(tensor, "sum"))
+
+    def _same(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The main process' answer, on all of them."""
+        if self.accelerator.num_processes == 1:
+            return found
+        box: list[Any] = [found]
+        broadcast_object_list(box, from_process=0)
+        return dict(box[0])
+
+
+def memory_mib() -> int:
+    """Peak memory so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated() / 2**20)
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def _value(found: dict[str, Any]) -> float:
+    """What early stopping compares: the score, or the held-out loss where nothing is scored."""
+    score = found.get("score")
+    value = -found["valid_loss"] if score is None else score
+    return -math.inf if math.isnan(value) else float(value)
+
+
+def _greedy(rows: Sequence[Row], size: int) -> list[list[Row]]:
+    """Rows in their order, as many to a pack as fit."""
+    packs: list[list[Row]] = []
+    used = size
+    for row in rows:
+        if used + len(row) > size:
+            packs.append([])
+            used = 0
+        packs[-1].append(row)
+        used += len(row)
+    return packs

@@ -1,0 +1,84 @@
+"""An adapter into the weights themselves: merged in float32 from the unquantised base, and measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from penchant.adapter_card import CARD, read_card
+from penchant.engine.loading import DType, load_engine, resolve_model
+from penchant.errors import ModelError, StorageError
+from penchant.files import read_json, staged_folder, write_json
+
+# What the scores are compared on: prompts and continuations of many kinds, one token and more.
+_PROMPTS = ("One user's history, in the order of time, one title a line:\n", "a b c d e f g", "1, 2, 3, 4", "The")
+_TEXTS = ("Heat (1995)\n", "Toy Story (1995)\n", "The Good, the Bad and the Ugly\n", "5, 6", " quick brown fox", "A")
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """Where the model lies, and how far its scores (nats, summed over a text) moved from the unmerged adapter's."""
+
+    folder: Path
+    mean_moved: float
+    max_moved: float
+    dtype: str
+
+
+def merge(adapter: Path, out: Path, *, base: str | None = None, dtype: DType = "bfloat16") -> Merged:
+    """Write a plain model of base and adapter to ``out``, saved as ``dtype``.
+
+    ``base`` defaults to the adapter's own. The merge itself is done in float32 from the unquantised base:
+    into quantised weights it would be rounded away. Both sides are then scored in float32.
+    """
+    if out.exists():
+        raise StorageError("stands there already", where=str(out), remedy="give a new folder (--out)")
+    name = base or _base(adapter)
+    folder = resolve_model(name)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+        whole: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"cannot be merged: {error}", where=str(adapter), remedy="give its own base model (--base)"
+        ) from error
+    saved = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    with staged_folder(out) as stage:
+        whole.to(saved).save_pretrained(stage)
+        AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(stage)
+        moved = _moved(name, adapter, stage)
+        card = read_card(adapter) or {}
+        write_json(stage / CARD, {**card, "merged": {"dtype": str(saved).removeprefix("torch."), **moved}})
+        for path in sorted((adapter / "prompts").glob("*.jinja")):
+            (stage / "prompts").mkdir(exist_ok=True)
+            (stage / "prompts" / path.name).write_bytes(path.read_bytes())
+    return Merged(out, moved["mean_moved_nats"], moved["max_moved_nats"], str(saved).removeprefix("torch."))
+
+
+def _base(adapter: Path) -> str:
+    """The base an adapter names: our card's, else peft's."""
+    card = read_card(adapter)
+    if card is not None and isinstance(card.get("config"), dict) and card["config"].get("model"):
+        return str(card["config"]["model"])
+    if not (adapter / "adapter_config.json").is_file():
+        raise ModelError("has no adapter_config.json", where=str(adapter), remedy="give a peft adapter's folder")
+    found = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not found:
+        raise ModelError("names no base model", where=str(adapter), remedy="give --base")
+    return str(found)
+
+
+def _moved(base: str, adapter: Path, merged: Path) -> dict[str, float]:
+    asked = [list(_TEXTS)] * len(_PROMPTS)
+    before = load_engine(base, adapter, dtype="float32", device="cpu").score(_PROMPTS, asked)
+    after = load_engine(merged, dtype="float32", device="cpu").score(_PROMPTS, asked)
+    moved = np.abs(np.concatenate(before) - np.concatenate(after))
+    return {"mean_moved_nats": float(moved.mean()), "max_moved_nats": float(moved.max())}

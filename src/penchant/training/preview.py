@@ -1,0 +1,99 @@
+"""`--dry-run`: what a run would train on and cost, and some of its examples with the trained tokens marked."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from penchant.data.dataset import Dataset
+from penchant.tokens import TextCodec
+from penchant.training.batch import collate
+from penchant.training.config import TrainConfig
+from penchant.training.loop import memory_mib
+from penchant.training.packing import Plan
+from penchant.training.recipes import Recipe, cut, task_loss
+from penchant.training.rows import Row
+from penchant.training.store import RowStore
+
+
+def preview(name: str, config: TrainConfig, dataset: Dataset | None) -> str:
+    """Examples, targets, tokens an epoch, steps, padding, memory, time (from two measured steps), three examples."""
+    recipe = Recipe(name, config, None if dataset is None else cut(dataset, config))
+    rows = recipe.rows()
+    plan = Plan(rows.lengths, pack_tokens=config.pack_tokens, packs_per_step=config.packs_per_step, seed=config.seed)
+    steps = max(1, int(np.ceil(config.epochs * plan.steps_per_epoch)))
+    steps = min(steps, config.max_steps or steps)
+    seconds, tokens = _measure(recipe, rows, plan, config)
+    rate = tokens / seconds
+    weights = sum(p.numel() * p.element_size() for p in recipe.student.model.parameters())
+    trained = sum(p.numel() for p in recipe.student.trainable().values())
+    whole = seconds / max(tokens, 1) * rows.lengths.sum() * steps / plan.steps_per_epoch
+    lines = [
+        f"{'examples':<28} {len(rows):>14,}",
+        f"{'supervised targets':<28} {int(rows.n_targets.sum()):>14,}",
+        f"{'tokens an epoch':<28} {int(rows.lengths.sum()):>14,}",
+        f"{'padding':<28} {plan.padding():>14.1%}",
+        f"{'steps an epoch':<28} {plan.steps_per_epoch:>14,}",
+        f"{'steps in all':<28} {steps:>14,}",
+        f"{'trained weights':<28} {trained:>14,}",
+        f"{'memory: weights':<28} {weights / 2**20:>10,.0f} MiB",
+        f"{'memory: optimiser':<28} {trained * 12 / 2**20:>10,.0f} MiB",
+        f"{'memory: peak of two steps':<28} {memory_mib():>10,.0f} MiB",
+        f"{'speed, measured':<28} {rate:>10,.0f} tokens/s",
+        f"{'time, estimated':<28} {whole / 60:>10,.1f} minutes"
+        + ("" if config.max_minutes is None else f" (time box: {config.max_minutes:g})"),
+        "",
+        "Three examples; what is trained stands between [[ and ]]:",
+    ]
+    for i in np.linspace(0, len(rows) - 1, min(3, len(rows))).astype(int):
+        lines += ["", marked(rows[int(i)], recipe.codec)]
+    return "\n".join(lines)
+
+
+def marked(row: Row, codec: TextCodec) -> str:
+    """A row as text, its trained tokens between [[ and ]]; rivals on lines of their own."""
+    out: list[str] = []
+    trained = set()
+    answers: dict[int, int] = {}
+    for at, label in zip(row.at.tolist(), row.label.tolist(), strict=True):
+        following = at + 1
+        if following < len(row) and row.tokens[following] == label and row.branch[following] == row.branch[at]:
+            trained.add(following)
+        elif row.branch[at] == 0 and following == len(row):
+            answers[at] = label
+    trunk = np.flatnonzero(row.branch == 0)
+    for i in trunk.tolist():
+        text = codec.tokenizer.decode([int(row.tokens[i])])
+        opens = i in trained and i - 1 not in trained
+        closes = i in trained and i + 1 not in trained
+        out.append(("[[" if opens else "") + text + ("]]" if closes else ""))
+        if i in answers:
+            out.append("[[" + codec.tokenizer.decode([answers[i]]) + "]]")
+    text = "".join(out)
+    first = {int(g): s for s, g in reversed(list(enumerate(row.group.tolist())))}
+    for s, g in enumerate(row.group.tolist()):
+        if s != first[g]:
+            taken, rival = (
+                codec.tokenizer.decode(row.label[row.sequence == x].tolist()).strip() for x in (first[g], s)
+            )
+            text += f"\n  rather {taken!r} than {rival!r}"
+    return text
+
+
+def _measure(recipe: Recipe, rows: RowStore, plan: Plan, config: TrainConfig) -> tuple[float, int]:
+    """Seconds and tokens of one pack's forward and backward, the second of two."""
+    loss, weight = task_loss(recipe.name, config)
+    student = recipe.student
+    student.train()
+    pack = [rows[r] for r in plan.step(0)[0]]
+    batch = collate([pack], student.dtype, student.causal_lm.device)
+    seconds = 0.0
+    for _ in range(2):
+        begun = time.perf_counter()
+        torch.autograd.backward(loss(student, student, batch) / weight(batch))
+        seconds = time.perf_counter() - begun
+    for parameter in student.trainable().values():
+        parameter.grad = None
+    return seconds, batch.n_tokens

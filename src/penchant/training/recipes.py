@@ -1,0 +1,451 @@
+"""The recipes as functions: data and settings in, an adapter in a folder out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from penchant import __version__
+from penchant.adapter_card import CARD
+from penchant.data.dataset import Dataset
+from penchant.data.split import Split, global_time, leave_last_out
+from penchant.engine.loading import fingerprint_of, resolve_model
+from penchant.errors import ConfigError, ModelError, StorageError
+from penchant.files import sha256_file, sha256_text, staged_folder, write_json
+from penchant.interest.vectors import default_layer, item_vectors
+from penchant.prompt import Templates
+from penchant.tokens import TextCodec
+from penchant.training import choose, next_item, preference, yes_no
+from penchant.training.batch import Batch
+from penchant.training.candidates import Retriever
+from penchant.training.checkpoints import load_checkpoint
+from penchant.training.config import ChooseConfig, NextItemConfig, PreferenceConfig, TrainConfig, YesNoConfig
+from penchant.training.corpus import Corpus
+from penchant.training.journal import plot
+from penchant.training.loop import Loop, Outcome, Task, make_accelerator
+from penchant.training.losses import choice_loss, next_item_loss, preference_terms, sequence_logprobs
+from penchant.training.rows import Row
+from penchant.training.store import RowStore, stored_rows
+from penchant.training.student import Student, load_student
+from penchant.training.validation import AnswerScore, LetterScore, LikelihoodScore, engine_of
+from penchant.training.versions import versions
+
+# Held-out rows of every run: enough that the loss is steady, few enough to be cheap.
+_VALID_ROWS = 200
+CONFIGS: dict[str, type[TrainConfig]] = {
+    "next_item": NextItemConfig,
+    "yes_no": YesNoConfig,
+    "choose": ChooseConfig,
+    "preference": PreferenceConfig,
+}
+# The templates that decide what each recipe's model must be served with.
+TEMPLATES = {
+    "next_item": ("item", "next_item"),
+    "preference": ("item", "next_item"),
+    "yes_no": ("item", "user", "yes_no"),
+    "choose": ("item", "user", "choose"),
+}
+
+
+@dataclass(eq=False)
+class Recipe:
+    """One recipe on one dataset: what both training and `--dry-run` are made of."""
+
+    name: str
+    config: TrainConfig
+    split: Split | None
+
+    def __post_init__(self) -> None:
+        self.templates = Templates(self.config.prompts)
+        self.base = resolve_model(self.config.model)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base, local_files_only=True)
+        self.codec = TextCodec(self.tokenizer)
+        self._student: Student | None = None
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        if self.split is None:
+            raise ConfigError("needs a dataset", where=self.name, remedy="give --data FOLDER of `penchant prepare`")
+        return Corpus.of(self.split, self.templates, self.codec)
+
+    @property
+    def student(self) -> Student:
+        """The model to be trained, loaded when first needed."""
+        if self._student is None:
+            self._student = load_student(self.config)
+        return self._student
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """Encoders over the untuned model's item vectors, the same that `penchant fit` would make."""
+        corpus, student = self.corpus, self.student
+        name = fingerprint_of(self.base) + f":{self.config.dtype}"
+        if self.config.quantization != "none":
+            name += f":{self.config.quantization}"
+        if self.config.start_from is not None:
+            with student.adapter_off():
+                vectors = self._vectors(name)
+        else:
+            vectors = self._vectors(name)  # a new adapter is zero: the model is still its base
+        return Retriever(
+            corpus.split,
+            vectors,
+            epochs=self.config.retriever_epochs,
+            seed=self.config.seed,
+            key=(name, self.templates.hash("item")),
+        )
+
+    def _vectors(self, name: str) -> NDArray[np.float32]:
+        engine = engine_of(self.student, self.tokenizer, name)
+        return item_vectors(
+            engine,
+            self.corpus.texts,
+            layer=default_layer(engine.n_layers),
+            template_hash=self.templates.hash("item"),
+        )
+
+    # -- rows ----------------------------------------------------------------------------------
+
+    def rows(self) -> RowStore:
+        """All training rows (a seeded sample where max_rows says so), from the cache where they were made before."""
+        return stored_rows(self._key(), lambda: self._sampled(self._make()))
+
+    def _make(self) -> Iterator[Row]:
+        config = self.config
+        if isinstance(config, NextItemConfig):
+            return next_item.next_item_rows(self.corpus, config)
+        if isinstance(config, PreferenceConfig):
+            return preference.preference_rows(self.corpus, config, self.retriever)
+        if isinstance(config, ChooseConfig):
+            return choose.choose_rows(self.corpus, config, self.retriever)
+        if isinstance(config, YesNoConfig):
+            if config.examples is not None:
+                return self._example_rows(config.examples)
+            hard = self.retriever if "hard" in config.negatives else None
+            return yes_no.yes_no_rows(self.corpus, config, hard)
+        raise ConfigError(f"no recipe for {type(config).__name__}", where="training")
+
+    def _example_rows(self, path: str) -> Iterator[Row]:
+        config = self.config
+        if not isinstance(config, YesNoConfig):
+            raise ConfigError("examples are for yes_no", where=self.name)
+        labels = yes_no.answer_tokens(self.templates, self.codec)
+        for example in yes_no.read_examples(path):
+            yield yes_no.example_row(example, self.templates, self.codec, config, labels)
+
+    def _sampled(self, rows: Iterator[Row]) -> Iterator[Row]:
+        if self.config.max_rows is None:
+            yield from rows
+            return
+        every = list(rows)
+        keep = np.random.default_rng(self.config.seed).permutation(len(every))[: self.config.max_rows]
+        yield from (every[i] for i in np.sort(keep))
+
+    def valid(self) -> list[Row]:
+        """Held-out rows for the loss."""
+        config = self.config
+        if isinstance(config, NextItemConfig):
+            return next_item.valid_rows(self.corpus, config, _VALID_ROWS)
+        if isinstance(config, PreferenceConfig):
+            return preference.valid_rows(self.corpus, config, self.retriever, _VALID_ROWS)
+        if isinstance(config, ChooseConfig):
+            return choose.valid_rows(self.corpus, config, self.retriever, _VALID_ROWS)
+        if isinstance(config, YesNoConfig):
+            if config.examples is not None:
+                rows = [] if config.valid_examples is None else list(self._example_rows(config.valid_examples))
+                return rows[: max(_VALID_ROWS, config.eval_users)]
+            return yes_no.valid_rows(self.corpus, config, self.retriever if "hard" in config.negatives else None, 200)
+        return []
+
+    def _key(self) -> tuple[str, ...]:
+        """All that decides the rows."""
+        config, split = self.config, self.split
+        data = ("none",) if split is None else (split.dataset.content_hash, repr(sorted(split.spec.items())))
+        files = tuple(
+            sha256_file(Path(p)) for p in (getattr(config, "examples", None),) if p is not None and Path(p).is_file()
+        )
+        tokenizer = sha256_text(*(f"{t} {i}" for t, i in sorted(self.tokenizer.get_vocab().items())))
+        # The retriever's encoders depend on the model too.
+        model = (self.config.model, self.config.dtype, self.config.quantization, fingerprint_of(self.base))
+        return (
+            self.name,
+            config.model_dump_json(include=_ROW_FIELDS & set(type(config).model_fields)),
+            self.templates.hash(),
+            tokenizer,
+            *model,
+            *data,
+            *files,
+        )
+
+    # -- the task ------------------------------------------------------------------------------
+
+    def task(self) -> Task:
+        """Rows, loss and validation for the loop."""
+        config = self.config
+        valid = self.valid()
+        loss, weight = task_loss(self.name, config)
+        score, name = self._score(valid)
+        return Task(self.name, self.rows(), valid, loss, weight, score, name)
+
+    def _score(self, valid: Sequence[Row]) -> tuple[Callable[[Student], dict[str, float]] | None, str]:
+        config = self.config
+        if config.eval_users == 0:
+            return None, ""
+        if isinstance(config, YesNoConfig):
+            return (AnswerScore(valid, config), "AUC") if valid else (None, "")
+        targets = self.corpus.split.valid.sample(config.eval_users, config.seed)
+        if isinstance(config, ChooseConfig):
+            return LetterScore(
+                self.corpus, config, targets, self.retriever.for_targets(targets, config.letters)
+            ), "NDCG@10"
+        found = self.retriever.for_targets(targets, config.candidates)
+        return LikelihoodScore(self.corpus, config, targets, found, self.tokenizer), "NDCG@10"
+
+
+# Settings that decide the rows; all others may change and the rows stay.
+_ROW_FIELDS = {
+    "mode",
+    "window",
+    "popularity_power",
+    "negatives",
+    "negatives_per_positive",
+    "like_threshold",
+    "targets_per_user",
+    "letters",
+    "folds",
+    "insert_missed",
+    "every",
+    "pack_tokens",
+    "max_history",
+    "prompt_tokens",
+    "max_rows",
+    "candidates",
+    "retriever_epochs",
+    "seed",
+}
+
+Forward = Callable[[Batch], torch.Tensor]
+Loss = Callable[[Forward, Student, Batch], torch.Tensor]
+
+
+def _next_item(config: TrainConfig) -> tuple[Loss, Callable[[Batch], float]]:
+    return (lambda forward, student, batch: next_item_loss(forward(batch), batch)), (lambda b: float(b.weight.sum()))
+
+
+def _choice(config: TrainConfig) -> tuple[Loss, Callable[[Batch], float]]:
+    return (lambda forward, student, batch: choice_loss(forward(batch), batch)), (lambda b: float(b.weight.sum()))
+
+
+def _preference(config: TrainConfig) -> tuple[Loss, Callable[[Batch], float]]:
+    if not isinstance(config, PreferenceConfig):
+        raise ConfigError("wants its own settings", where="preference")
+
+    def loss(forward: Forward, student: Student, batch: Batch) -> torch.Tensor:
+        with torch.no_grad(), student.adapter_off():
+            reference = sequence_logprobs(student(batch), batch)
+        logp = forward(batch)
+        summed = preference_terms(sequence_logprobs(logp, batch), reference, batch.group, config.beta).sum()
+        if config.likelihood_weight:
+            sequences = sequence_logprobs(logp, batch)
+            length = sequence_logprobs(torch.ones_like(logp), batch)
+            taken = _first_of_group(batch.group)
+            # Per token, as next_item has it, so that a long title does not count for more.
+            summed = summed - config.likelihood_weight * (sequences / length)[taken].sum()
+        return summed
+
+    return loss, lambda batch: float(batch.n_targets)
+
+
+def _first_of_group(group: torch.Tensor) -> torch.Tensor:
+    """True at the first sequence of each group, the item that was taken."""
+    order = torch.arange(len(group), device=group.device)
+    first = torch.full((int(group.max()) + 1,), len(group), device=group.device)
+    return first.scatter_reduce(0, group, order, "amin")[group] == order
+
+
+_LOSSES: dict[str, Callable[[TrainConfig], tuple[Loss, Callable[[Batch], float]]]] = {
+    "next_item": _next_item,
+    "yes_no": _choice,
+    "choose": _choice,
+    "preference": _preference,
+}
+
+
+def task_loss(name: str, config: TrainConfig) -> tuple[Loss, Callable[[Batch], float]]:
+    """A recipe's summed loss of a batch, and what it is divided by."""
+    return _LOSSES[name](config)
+
+
+def cut(dataset: Dataset, config: TrainConfig) -> Split:
+    """The split the settings ask for."""
+    if config.split == "global-time":
+        return global_time(dataset, valid_from=config.valid_from, test_from=config.test_from)
+    if config.valid_from or config.test_from:
+        raise ConfigError("valid_from and test_from need split: global-time", where="training")
+    return leave_last_out(dataset, test=config.split == "leave-last-out")
+
+
+def finetune(
+    name: str,
+    config: TrainConfig,
+    data: Dataset | Split | None,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+    accelerator: Accelerator | None = None,
+) -> Outcome:
+    """Train and leave in ``out``: the adapter (plain peft), its card, settings, templates, log and curves.
+
+    ``resume`` goes on from the newest checkpoint of a run that stopped. ConfigError where the settings,
+    data or templates differ from that run's; StorageError where ``out`` holds something else.
+    """
+    accelerator = accelerator or make_accelerator(config, out)
+    split = cut(data, config) if isinstance(data, Dataset) else data
+    recipe = Recipe(name, config, split)
+    identity = _identity(recipe)
+    if accelerator.is_main_process:
+        check_out(out, identity, resume)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "run.json", identity)
+        (out / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "utf-8")
+    if config.report_to:
+        accelerator.init_trackers("penchant", config={"recipe": name, **_flat(config.model_dump(mode="json"))})
+    # The main process fills the caches of vectors, candidates and rows; the others then read them.
+    with accelerator.main_process_first():
+        task = recipe.task()
+    loop = Loop(task, recipe.student, config, out, accelerator=accelerator, on_record=on_record)
+    outcome = loop.run(resume=resume)
+    if accelerator.is_main_process:
+        load_checkpoint(loop.best_checkpoint(), recipe.student, None)
+        publish(recipe, outcome, out)
+        plot(loop.journal.records, out / "loss.png", f"{name}: {outcome.steps} steps, {outcome.targets:,} targets")
+    accelerator.wait_for_everyone()
+    return outcome
+
+
+def publish(recipe: Recipe, outcome: Outcome, out: Path) -> None:
+    """Put the student's weights and card in ``out``; ModelError where read back they say something else."""
+    card = {
+        "recipe": recipe.name,
+        "templates": {name: recipe.templates.hash(name) for name in TEMPLATES[recipe.name]},
+        **_identity(recipe),
+        "outcome": vars(outcome),
+        "item_texts_cut": recipe.corpus.truncated if recipe.split is not None else 0,
+        "versions": versions(),
+    }
+    with staged_folder(out / "new") as stage:
+        recipe.student.save(stage)
+        if recipe.config.method == "full":
+            recipe.tokenizer.save_pretrained(stage)
+        write_json(stage / CARD, card)
+        (stage / "prompts").mkdir()
+        for name, text in recipe.templates.sources.items():
+            (stage / "prompts" / f"{name}.jinja").write_text(text, encoding="utf-8")
+    if outcome.best_step > 0:
+        _check_reload(recipe, out / "new")
+    for path in sorted((out / "new").iterdir()):
+        target = out / path.name
+        if path.is_dir() and target.is_dir():
+            for inner in path.iterdir():
+                os.replace(inner, target / inner.name)
+            path.rmdir()
+        else:
+            os.replace(path, target)
+    (out / "new").rmdir()
+
+
+@torch.no_grad()
+def _check_reload(recipe: Recipe, folder: Path) -> None:
+    """The saved adapter, read by stock peft, must say what the trained one says and not what the base says."""
+    if recipe.config.method != "lora":
+        return
+    student = recipe.student
+    student.eval()
+    size = int(student.causal_lm.get_input_embeddings().weight.shape[0])
+    ids = torch.arange(1, 33, device=student.causal_lm.device).remainder(size).unsqueeze(0)
+    trained = student.causal_lm(input_ids=ids, use_cache=False).logits
+    with student.adapter_off():
+        plain = student.causal_lm(input_ids=ids, use_cache=False).logits
+    if torch.equal(trained, plain):
+        raise ModelError(
+            "the trained adapter changes no logit: nothing was learnt",
+            where=str(folder),
+            remedy="train longer or raise learning_rate; the checkpoints are kept",
+        )
+    fresh = load_student(recipe.config.model_copy(update={"start_from": str(folder)}))
+    fresh.eval()
+    moved = float((fresh.causal_lm(input_ids=ids, use_cache=False).logits - trained).abs().max())
+    if moved > 1e-2 * float(trained.abs().max()):
+        raise ModelError(
+            f"the saved adapter does not reload to the trained one (logits differ by {moved:.3g})",
+            where=str(folder),
+            remedy="the checkpoints are kept: report this",
+        )
+
+
+def check_out(out: Path, identity: dict[str, Any], resume: bool) -> None:
+    """StorageError or ConfigError where ``out`` cannot take this run."""
+    started = out / "run.json"
+    if out.is_file():
+        raise StorageError("is a file", where=str(out), remedy="give a folder to write into")
+    if not started.is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise StorageError(
+                "the folder holds something that is no run of this kind", where=str(out), remedy="give a new folder"
+            )
+        return
+    if not resume:
+        raise StorageError(
+            "a run was begun there", where=str(out), remedy="go on with --resume, or give a new folder (--out)"
+        )
+    from penchant.files import read_json
+
+    before = read_json(started)
+    changed = [key for key in identity if before.get(key) != identity[key]]
+    if "config" in changed:
+        was, now = before.get("config", {}), identity["config"]
+        changed = [f"config.{key}" for key in now if was.get(key) != now[key]] + [c for c in changed if c != "config"]
+    if changed:
+        raise ConfigError(
+            f"differs from the run begun there in: {', '.join(sorted(changed))}",
+            where=str(out),
+            remedy="resume with the same settings and data, or give a new folder",
+        )
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What must stay the same for a run to go on."""
+    split = recipe.split
+    return {
+        "recipe": recipe.name,
+        "penchant": __version__,
+        "config": recipe.config.model_dump(mode="json"),
+        "base": fingerprint_of(recipe.base),
+        "data": None if split is None else split.dataset.content_hash,
+        "split": None if split is None else split.spec,
+        "template_texts": recipe.templates.hash(),
+        "seed": recipe.config.seed,
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested settings as the trackers want them: one level of plain values."""
+    out: dict[str, str | int | float | bool] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value if isinstance(value, str | int | float | bool) else str(value)
+    return out

@@ -1,0 +1,190 @@
+"""The model in training: base weights (quantised or not), the adapter on them, and its forward over a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from penchant.engine.loading import resolve_device, resolve_model
+from penchant.errors import ConfigError, ModelError
+from penchant.training.batch import Batch
+from penchant.training.config import TrainConfig
+from penchant.training.losses import token_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Student(nn.Module):
+    """A causal LM whose forward gives what the losses need, and not the logits of every position."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Hugging Face model itself, the adapter's layers inside it."""
+        model: Any = self.model
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What attention computes in, and so what the mask must be."""
+        return self.causal_lm.get_input_embeddings().weight.dtype
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """log p of the labels (m,) float32, or with choices the choices' logits (m, c)."""
+        model = self.causal_lm
+        base: Any = model.base_model
+        states = base(
+            input_ids=batch.tokens, position_ids=batch.position, attention_mask=batch.mask, use_cache=False
+        ).last_hidden_state
+        chosen = states.flatten(0, 1)[batch.at]
+        head: Any = model.get_output_embeddings()
+        if len(batch.choices):
+            bias = getattr(head, "bias", None)
+            return nn.functional.linear(
+                chosen, head.weight[batch.choices], None if bias is None else bias[batch.choices]
+            ).float()
+        return token_logprobs(chosen, head, batch.label)
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The reference: the same weights with the adapter switched off."""
+        if not isinstance(self.model, PeftModel):
+            raise ConfigError(
+                "there is no adapter to switch off, and so no reference", where="training", remedy="use method lora"
+            )
+        with self.model.disable_adapter():
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Plain peft (or, method full, a plain model) as safetensors."""
+        model: Any = self.model
+        model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The weights that learn, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def load_student(config: TrainConfig) -> Student:
+    """Base, quantised where asked, with a new adapter or ``start_from``'s; the adapter's own weights are float32."""
+    folder = resolve_model(config.model)
+    device = resolve_device(config.device)
+    dtype = getattr(torch, config.dtype)
+    extra: dict[str, Any] = {}
+    if config.quantization != "none":
+        _require_bitsandbytes()
+        extra["quantization_config"] = (
+            BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+            if config.quantization == "nf4"
+            else BitsAndBytesConfig(load_in_8bit=True)
+        )
+        extra["device_map"] = {"": device}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True, **extra
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"cannot be loaded for training: {error}", where=str(folder), remedy="give a causal language model's folder"
+        ) from error
+    if config.quantization == "none":
+        model = model.to(device)
+    else:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model.get_input_embeddings().to(dtype)
+        model.get_output_embeddings().to(dtype)
+    _check_head(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    if config.method == "lora":
+        model = _adapted(model, config)
+    return Student(model)
+
+
+def _adapted(model: Any, config: TrainConfig) -> PeftModel:
+    if config.start_from is not None:
+        try:
+            return PeftModel.from_pretrained(model, config.start_from, is_trainable=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(
+                f"cannot be gone on from: {error}",
+                where=str(config.start_from),
+                remedy="give the folder of an adapter of the same base model",
+            ) from error
+    settings = config.lora
+    targets: Any = settings.targets
+    layers = None
+    if settings.last_layers is not None:
+        n = int(model.config.get_text_config().num_hidden_layers)
+        if settings.last_layers > n:
+            raise ConfigError(f"last_layers is {settings.last_layers} of a model with {n}", where="lora")
+        layers = list(range(n - settings.last_layers, n))
+        if targets == "all-linear":
+            targets = sorted(
+                {
+                    name.rpartition(".")[2]
+                    for name, module in model.base_model.named_modules()
+                    if isinstance(module, nn.Linear)
+                }
+            )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            return get_peft_model(
+                model,
+                LoraConfig(
+                    task_type="CAUSAL_LM",
+                    r=settings.r,
+                    lora_alpha=settings.alpha,
+                    lora_dropout=settings.dropout,
+                    use_rslora=settings.rslora,
+                    target_modules=targets,
+                    layers_to_transform=layers,
+                ),
+            )
+    except ValueError as error:
+        raise ConfigError(
+            f"no such adapter on this model: {error}", where="lora", remedy="check lora.targets"
+        ) from error
+
+
+@torch.no_grad()
+def _check_head(model: Any) -> None:
+    """Losses take the head as one matrix: a model that scales or caps its logits would be trained wrongly."""
+    model.eval()
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    whole = model(input_ids=ids, use_cache=False).logits.float()
+    if not torch.allclose(whole, model.get_output_embeddings()(states).float(), atol=1e-2, rtol=1e-2):
+        raise ModelError(
+            "scales or caps its logits after the head, which these recipes do not train",
+            where=type(model).__name__,
+            remedy="use a model whose logits are one matrix times its last state (Llama, Qwen, Mistral, SmolLM, ...)",
+        )
+
+
+def _require_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "quantization needs bitsandbytes", where="training", remedy="pip install 'penchant[quant]'"
+        ) from error
