@@ -54,7 +54,14 @@ def estimate_fit(
     items, log = split.dataset.items, split.log
     texts = templates.item_texts(items.to_dict(as_series=False), log.item_ids).texts
     budget = min(config.prompt_tokens, engine.context_length)
-    ranker = Ranker(engine, templates, texts, max_history=config.max_history, prompt_tokens=budget)
+    ranker = Ranker(
+        engine,
+        templates,
+        texts,
+        max_history=config.max_history,
+        prompt_tokens=budget,
+        question=config.question,
+    )
     lengths = np.array([len(t) for t in ranker.tokens(range(len(texts)))])
     # An item is scored with the terminator behind it, and embedded without.
     end = len(engine.codec.encode_template(templates.headers["next_item"].terminator))
@@ -72,7 +79,7 @@ def estimate_fit(
     users = histories[:_SAMPLE_USERS]
     candidates = [rng.choice(len(texts), size=min(config.candidates, len(texts)), replace=False) for _ in users]
     begun = time.perf_counter()
-    ranker.likelihoods(users, candidates)
+    ranker.scores(users, candidates)
     behind = sum(CatalogTrie.build(ranker.tokens(c)).n_nodes for c in candidates)
     score_rate = (sum(prompt_tokens[: len(users)]) + behind) / (time.perf_counter() - begun)
     per_user = behind / max(1, len(users))

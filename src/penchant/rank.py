@@ -1,5 +1,8 @@
 """Candidates to scores by the LLM: likelihood, calibrated likelihood, and its fusion with the interest score.
 
+What the LLM is asked is one of three questions: how likely each title is next (likelihood), which of the
+lettered candidates comes next (choose), or whether the user will like each one (yes_no).
+
 log p(title | history) says how likely the LLM finds an item next. Titles differ in how likely they are
 as text alone, so log p(title | no history) is taken out, wholly or in part. Both the LLM's and the
 encoder's scores are standardised among a user's candidates and mixed; validation chooses the mixture.
@@ -10,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from string import ascii_lowercase, ascii_uppercase
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from penchant.engine import Engine, Progress
     from penchant.tokens import Prompt, TextCodec
 
+Question = Literal["likelihood", "choose", "yes_no"]
 # How much of the no-history likelihood is taken out, and how much the LLM weighs: what validation chooses from.
 CALIBRATIONS = (0.0, 0.5, 1.0)
 WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))
@@ -90,6 +95,16 @@ def choose_fusion(
     return Fusion(best.weight, best.calibration, best_quality, alone, len(target))
 
 
+_LETTERS = ascii_uppercase + ascii_lowercase
+
+
+def letters(n: int) -> list[str]:
+    """The labels of n candidates: A to Z, then a to z."""
+    if n > len(_LETTERS):
+        raise ConfigError(f"{n} candidates", where="choose", remedy=f"take at most {len(_LETTERS)}")
+    return list(_LETTERS[:n])
+
+
 def label_tokens(codec: TextCodec, labels: Sequence[str]) -> list[int]:
     """The one token of each label; ConfigError where a label has several, or two labels share theirs."""
     tokens = [codec.encode_template(label) for label in labels]
@@ -138,6 +153,7 @@ class Ranker:
         max_history: int,
         prompt_tokens: int,
         prior: NDArray[np.float64] | None = None,
+        question: Question = "likelihood",
     ) -> None:
         self._engine = engine
         self._templates = templates
@@ -145,6 +161,7 @@ class Ranker:
         self._max_history = max_history
         self._prompt_tokens = prompt_tokens
         self._terminator = templates.headers["next_item"].terminator
+        self.question: Question = question
         self._item_tokens: dict[int, tuple[int, ...]] = {}
         # log p(item | no history) in nats, NaN where not yet needed.
         self.prior = np.full(len(texts), np.nan) if prior is None else prior
@@ -167,14 +184,75 @@ class Ranker:
 
     def prompt(self, history: NDArray[np.integer]) -> Rendered:
         """The next-item prompt of a history (item indices, oldest first), cut to its newest events."""
+        return self._render("next_item", history)
+
+    def _render(self, name: str, history: NDArray[np.integer], **more: Any) -> Rendered:
         recent = history[-self._max_history :] if self._max_history else history[:0]
         rendered = self._templates.render(
-            "next_item",
-            {"history": [{"text": self._texts[int(i)]} for i in recent]},
+            name,
+            {"history": [{"text": self._texts[int(i)]} for i in recent], **more},
             count=lambda prompt: len(self._engine.codec.encode(prompt)),
-            budget=self._budget,
+            budget=self._budget if name == "next_item" else min(self._prompt_tokens, self._engine.context_length),
         )
         return Rendered(rendered.prompt, rendered.n_tokens, rendered.dropped + len(history) - len(recent))
+
+    def scores(
+        self,
+        histories: Sequence[NDArray[np.integer]],
+        candidates: Sequence[NDArray[np.integer]],
+        progress: Progress | None = None,
+    ) -> list[NDArray[np.float64]]:
+        """What the LLM answers to this ranker's question of each user's candidates, in nats: one array a user."""
+        ask = {"likelihood": self.likelihoods, "choose": self.letters, "yes_no": self.answers}[self.question]
+        return ask(histories, candidates, progress)
+
+    def letters(
+        self,
+        histories: Sequence[NDArray[np.integer]],
+        candidates: Sequence[NDArray[np.integer]],
+        progress: Progress | None = None,
+    ) -> list[NDArray[np.float64]]:
+        """log p of each candidate's letter among the letters: one forward a user, its candidates in random order.
+
+        The order is a function of the candidates alone, so that the retriever's own order doesn't show.
+        """
+        prompts, orders = [], []
+        for history, row in zip(histories, candidates, strict=True):
+            order = np.argsort(row)[np.random.default_rng(np.sort(row).tolist()).permutation(len(row))]
+            lettered = [
+                {"label": label, "text": self._texts[int(row[i])]}
+                for label, i in zip(letters(len(row)), order, strict=True)
+            ]
+            prompts.append(self._render("choose", history, candidates=lettered).prompt)
+            orders.append(order)
+        most = max(map(len, candidates), default=0)
+        logp = label_logprobs(self._engine, prompts, letters(most), progress=progress) if most else np.zeros((0, 0))
+        out = []
+        for user, (row, order) in enumerate(zip(logp, orders, strict=True)):
+            scores = np.empty(len(order))
+            scores[order] = row[: len(order)] - np.logaddexp.reduce(row[: len(order)])
+            _check_finite(scores, f"row {user}")
+            out.append(scores)
+        return out
+
+    def answers(
+        self,
+        histories: Sequence[NDArray[np.integer]],
+        candidates: Sequence[NDArray[np.integer]],
+        progress: Progress | None = None,
+    ) -> list[NDArray[np.float64]]:
+        """log p(yes) - log p(no) of each candidate: their common beginning run once."""
+        labels = self._templates.headers["yes_no"].labels
+        out = []
+        for user, (history, row) in enumerate(zip(histories, candidates, strict=True)):
+            prompts = [self._render("yes_no", history, item={"text": self._texts[int(i)]}).prompt for i in row]
+            logp = label_logprobs(self._engine, prompts, labels) if prompts else np.zeros((0, 2))
+            scores = logp[:, 0] - logp[:, 1]
+            _check_finite(scores, f"row {user}")
+            out.append(scores)
+            if progress:
+                progress(1)
+        return out
 
     def likelihoods(
         self,
@@ -190,7 +268,13 @@ class Ranker:
         return out
 
     def priors(self, items: NDArray[np.integer], progress: Progress | None = None) -> NDArray[np.float64]:
-        """log p(item, terminator | no history) in nats, (n,); each item is computed once."""
+        """log p(item, terminator | no history) in nats, (n,); each item is computed once.
+
+        Zeros where the question isn't one of likelihood: there is nothing to take out.
+        """
+        if self.question != "likelihood":
+            self.prior[items] = 0.0
+            return self.prior[items]
         missing = np.unique(items[np.isnan(self.prior[items])])
         if missing.size:
             empty = self.prompt(np.zeros(0, dtype=np.int32)).prompt

@@ -15,6 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from penchant import metrics, schema
+from penchant.adapter_card import check_templates
 from penchant.catalog_trie import CatalogTrie
 from penchant.data.dataset import Dataset
 from penchant.data.history import EventLog, Targets
@@ -146,7 +147,7 @@ class Recommender(Fitted):
         items, scores = self.retrieve(histories, self.config.candidates)
         kept = [row >= 0 for row in items]
         candidates = [row[k] for row, k in zip(items, kept, strict=True)]
-        likelihood = self.ranker.likelihoods(histories, candidates, stages("LLM on validation users", len(histories)))
+        likelihood = self.ranker.scores(histories, candidates, stages("LLM on validation users", len(histories)))
         self.ranker.priors(np.unique(np.concatenate(candidates)), stages("LLM without history", 1))
         prior = [self.ranker.prior[c] for c in candidates]
         target = [
@@ -164,6 +165,7 @@ class Recommender(Fitted):
                 where="engine",
                 remedy="load the same model, adapter and dtype, or fit again",
             )
+        check_templates((engine.source or {}).get("adapter"), self.templates)
         self._engine = engine
         self._ranker = None
 
@@ -194,6 +196,7 @@ class Recommender(Fitted):
                 max_history=self.config.max_history,
                 prompt_tokens=min(self.config.prompt_tokens, self.engine.context_length),
                 prior=self.prior,
+                question=self.config.question,
             )
         return self._ranker
 
@@ -233,7 +236,7 @@ class Recommender(Fitted):
         if self.fusion.weight == 0:
             # Validation gave the LLM no say: then it is not asked.
             return [self.fusion.scores(e, e, np.zeros(len(e))) for e in interest]
-        likelihood = self.ranker.likelihoods(histories, candidates)
+        likelihood = self.ranker.scores(histories, candidates)
         if self.fusion.calibration:
             self.ranker.priors(np.unique(np.concatenate(candidates)))
         return [

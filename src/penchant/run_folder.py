@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from penchant import __version__
 from penchant.data.dataset import Dataset
@@ -19,7 +19,7 @@ from penchant.files import read_json, save_array, sha256_file, staged_folder, wr
 from penchant.interest.encoder import EncoderConfig, InterestEncoder
 from penchant.interest.vectors import standardise
 from penchant.prompt import NAMES, Templates
-from penchant.rank import Fusion
+from penchant.rank import Fusion, Question, letters
 
 
 class FitConfig(BaseModel):
@@ -30,11 +30,20 @@ class FitConfig(BaseModel):
     encoder: EncoderConfig = Field(default_factory=EncoderConfig, description="the interest encoder")
     layer: int | None = Field(default=None, description="LLM layer of the item vectors; None: two thirds up")
     pooling: Literal["mean", "last"] = Field(default="mean", description="pooling of the item vectors over tokens")
+    question: Question = Field(
+        default="likelihood", description="what the LLM is asked of the candidates: likelihood, choose or yes_no"
+    )
     candidates: int = Field(default=20, ge=1, description="retrieved items that the LLM ranks")
     max_history: int = Field(default=20, ge=1, description="newest events in a prompt")
     prompt_tokens: int = Field(default=768, ge=16, description="tokens of a prompt; the oldest events go first")
     validation_users: int = Field(default=200, ge=1, description="validation users the fusion weight is chosen on")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the sample of validation users")
+
+    @model_validator(mode="after")
+    def _enough_letters(self) -> FitConfig:
+        if self.question == "choose":
+            letters(self.candidates)
+        return self
 
 
 @dataclass(eq=False)

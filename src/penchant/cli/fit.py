@@ -41,6 +41,9 @@ def fit_command(
     targets: Annotated[str, typer.Option(help="global-time: all, first or last event of a user in a window.")] = "all",
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; the options below go over it.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Folder of templates that replace the shipped ones.")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="What the LLM is asked of the candidates: likelihood, choose or yes_no.")
+    ] = None,
     candidates: Annotated[int | None, typer.Option(help="Retrieved items the LLM ranks.")] = None,
     max_history: Annotated[int | None, typer.Option(help="Newest events in a prompt.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="Token budget of a prompt.")] = None,
@@ -60,6 +63,7 @@ def fit_command(
     chosen = _config(
         config,
         {
+            "question": question,
             "candidates": candidates,
             "max_history": max_history,
             "prompt_tokens": prompt_tokens,

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from string import ascii_letters, ascii_uppercase
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penchant.errors import ConfigError
+from penchant.rank import letters
 from penchant.training.candidates import Candidates, Retriever
 from penchant.training.config import ChooseConfig
 from penchant.training.corpus import Corpus, Positions
 from penchant.training.rows import Row, RowBuilder
-
-_LETTERS = ascii_uppercase + ascii_letters[:26]
-
-
-def letters(n: int) -> list[str]:
-    """The labels of n candidates: A to Z, then a to z."""
-    if not 2 <= n <= len(_LETTERS):
-        raise ConfigError(f"{n} candidates", where="choose", remedy=f"take 2 to {len(_LETTERS)}")
-    return list(_LETTERS[:n])
 
 
 def newest_targets(corpus: Corpus, per_user: int) -> Positions:

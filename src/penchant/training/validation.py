@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from penchant import metrics
 from penchant.engine.transformers import TransformersEngine
-from penchant.rank import CALIBRATIONS, Fusion, Ranker, choose_fusion
+from penchant.rank import CALIBRATIONS, Fusion, Ranker, choose_fusion, letters
 from penchant.training.batch import collate
 from penchant.training.candidates import Candidates
-from penchant.training.choose import choose_prompt, letters
+from penchant.training.choose import choose_prompt
 from penchant.training.config import ChooseConfig, TrainConfig
 from penchant.training.corpus import Corpus
 from penchant.training.rows import Row, RowBuilder
