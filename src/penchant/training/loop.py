@@ -136,7 +136,7 @@ class Loop:
             self.journal = Journal(self.out / "log.jsonl", resume_step=step if step else None)
         if step == 0:
             self._validate(0)
-            self._checkpoint(0)
+            self._checkpoint(0, keep=bool(self.config.eval_minutes))
         stopped = "finished"
         due = sorted(60 * m for m in self.config.eval_minutes if 60 * m > self.state["seconds"])
         while step < self.state["total_steps"]:

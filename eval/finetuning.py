@@ -1,0 +1,204 @@
+"""What fine-tuning does to ranking: the same 20 retrieved candidates before, during and after training.
+
+    python eval/finetuning.py next_item --data data/ml-100k --work runs/curves --minutes 10 --minutes 30 \
+        --out eval/results/finetuning-next_item.json
+    python eval/finetuning.py preference --start-from runs/curves/next_item --minutes 10 ... --out ...
+
+Trains one recipe for the last of --minutes, keeps it at each of them, and measures every one (and the model before
+training) on test users: held-out loss; NDCG@10 and HR@10 of the encoder's candidates in the order of the LLM alone,
+the LLM calibrated, and fused, with weights chosen on validation users; and paired differences of the fused order
+against the encoder alone and against the untuned fusion (--untuned: of another recipe's untuned point, where this one
+starts from an adapter). What is measured is kept in --work, so that a run that stopped goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+
+import penchant as pt
+from penchant import metrics
+from penchant.data.history import Targets
+from penchant.evaluation.report import environment
+from penchant.evaluation.statistics import bootstrap_mean
+from penchant.files import read_json, write_json
+from penchant.rank import Fusion, Question, Ranker, choose_fusion
+from penchant.training.checkpoints import checkpoints, load_checkpoint
+from penchant.training.journal import read_log
+from penchant.training.loop import Loop, make_accelerator
+from penchant.training.recipes import CONFIGS, Recipe, cut, finetune
+from penchant.training.settings import read_settings
+from penchant.training.validation import engine_of
+
+QUESTION: dict[str, Question] = {
+    "next_item": "likelihood",
+    "preference": "likelihood",
+    "choose": "choose",
+    "yes_no": "yes_no",
+}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def main(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="RECIPE", help="next_item, preference, choose or yes_no.")],
+    data: Annotated[Path, typer.Option(help="A folder made by `penchant prepare`.")],
+    work: Annotated[Path, typer.Option(help="Folder of the training run and of what was measured.")],
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    minutes: Annotated[list[float], typer.Option(help="Minutes of training at which to measure.")],
+    untuned: Annotated[Path | None, typer.Option(help="A point kept in --work to be compared with.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the recipe's settings.")] = None,
+    candidates: Annotated[int, typer.Option(help="Retrieved items that are ranked.")] = 20,
+    test_users: Annotated[int, typer.Option(help="Seeded test users; 0: all of them.")] = 0,
+    validation_users: Annotated[int, typer.Option(help="Users that calibration and weights are chosen on.")] = 300,
+) -> None:
+    """Train and measure. Every setting of the recipe is an option too."""
+    kind = CONFIGS[name]
+    settings = read_settings(kind, config, context.args).model_copy(
+        update={"max_minutes": max(minutes), "eval_minutes": sorted(minutes)[:-1], "patience": 10**6}
+    )
+    dataset = pt.Dataset.load(data)
+    split = cut(dataset, settings)
+    folder = work / name
+    if not (folder / "penchant.json").is_file():
+        finetune(name, settings, split, folder, resume=(folder / "run.json").is_file(), on_record=_show)
+    recipe = Recipe(name, settings, split)
+    task = recipe.task()
+    loop = Loop(task, recipe.student, settings, folder, accelerator=make_accelerator(settings, folder))
+    bench = Bench(recipe, QUESTION[name], candidates, test_users, validation_users)
+    log = read_log(folder / "log.jsonl")
+    stops = _stops(folder, log, sorted(minutes))
+    points: list[dict[str, Any]] = []
+    base = None if untuned is None else metrics.ndcg(np.array(read_json(untuned)["ranks"]["fused"]), 10)
+    for label, path in stops:
+        kept = work / f"{name}-{path.name}.json"
+        if kept.is_file():
+            point = read_json(kept)
+        else:
+            load_checkpoint(path, recipe.student, None)
+            point = {"minutes": label, "held_out_loss": loop.held_out_loss(), **bench.measure()}
+            write_json(kept, point)
+        base = metrics.ndcg(np.array(point["ranks"]["fused"]), 10) if base is None else base
+        points.append({**bench.table(point, base), "minutes": label, "held_out_loss": point["held_out_loss"]})
+        typer.echo(f"{label:g} minutes: {points[-1]}")
+    steps = [r for r in log if r["kind"] == "step"]
+    write_json(
+        out,
+        {
+            "recipe": name,
+            "points": points,
+            "settings": settings.model_dump(mode="json"),
+            "steps": len(steps),
+            "targets": sum(r["targets"] for r in steps),
+            "tokens": sum(r["tokens"] for r in steps),
+            "data": dataset.content_hash,
+            "split": split.spec,
+            "environment": environment(),
+        },
+    )
+    typer.echo(str(out))
+
+
+def _stops(folder: Path, log: list[dict[str, Any]], minutes: list[float]) -> list[tuple[float, Path]]:
+    """The checkpoint at the start and the first one at or after each of the minutes."""
+    at = {r["step"]: r["minutes"] for r in log if r["kind"] == "validation"}
+    found = [(at[int(p.name[5:])], p) for p in checkpoints(folder / "checkpoints") if int(p.name[5:]) in at]
+    stops = [(0.0, p) for m, p in found if m == 0][:1]
+    for wanted in minutes:
+        later = [(wanted, p) for m, p in found if m >= wanted * 0.95]
+        stops += later[:1]
+    return stops
+
+
+class Bench:
+    """The encoder's candidates of validation and test users, and the LLM's order of them."""
+
+    def __init__(self, recipe: Recipe, question: Question, k: int, test_users: int, validation_users: int) -> None:
+        self._recipe, self._question = recipe, question
+        split = recipe.corpus.split
+        test = split.test if test_users == 0 else split.test.sample(test_users, 0)
+        self._parts = {"valid": split.valid.sample(validation_users, 0), "test": test}
+        self._found = {name: recipe.retriever.for_targets(t, k) for name, t in self._parts.items()}
+
+    def _scores(self, part: str) -> tuple[list[Any], list[Any], list[Any], list[int]]:
+        targets: Targets = self._parts[part]
+        found, settings = self._found[part], self._recipe.config
+        rows = [row[row >= 0] for row in found.items]
+        engine = engine_of(self._recipe.student, self._recipe.tokenizer)
+        ranker = Ranker(
+            engine,
+            self._recipe.templates,
+            self._recipe.corpus.texts,
+            max_history=settings.max_history,
+            prompt_tokens=settings.prompt_tokens,
+            question=self._question,
+        )
+        with torch.inference_mode():
+            said = ranker.scores([targets.history(i) for i in range(len(targets))], rows)
+            ranker.priors(np.unique(np.concatenate(rows)))
+        interest = [found.scores[i][: len(row)] for i, row in enumerate(rows)]
+        places = [int(np.flatnonzero(r == t)[0]) if t in r else -1 for r, t in zip(rows, targets.item, strict=True)]
+        return interest, said, [ranker.prior[row] for row in rows], places
+
+    def measure(self) -> dict[str, Any]:
+        """Test ranks of each way of ordering, the weights chosen on validation."""
+        interest, said, prior, places = self._scores("valid")
+        fusion = choose_fusion(interest, said, prior, places)
+        # With an interest that says nothing, what is chosen is the calibration of the LLM alone.
+        alone = choose_fusion([np.zeros(len(e)) for e in interest], said, prior, places)
+        interest, said, prior, places = self._scores("test")
+        ways = {
+            "encoder": Fusion(0, 0),
+            "llm": Fusion(1, 0),
+            "llm calibrated": Fusion(1, 1),
+            "llm, calibration from validation": Fusion(1, alone.calibration),
+            "fused": fusion,
+        }
+        ranks = {name: _ranks(way, interest, said, prior, places) for name, way in ways.items()}
+        return {"fusion": fusion.to_dict(), "ranks": ranks}
+
+    def table(self, point: dict[str, Any], untuned: NDArray[np.float64]) -> dict[str, Any]:
+        """Means with intervals, and the paired differences of the fused order."""
+        ranks = {name: np.array(r) for name, r in point["ranks"].items()}
+        fused = metrics.ndcg(ranks["fused"], 10)
+        rows = {
+            name: {
+                "NDCG@10": _interval(metrics.ndcg(r, 10)),
+                "HR@10": _interval(metrics.recall(r, 10)),
+            }
+            for name, r in ranks.items()
+        }
+        return {
+            "fusion": point["fusion"],
+            "systems": rows,
+            "fused minus encoder, NDCG@10": _interval(fused - metrics.ndcg(ranks["encoder"], 10)),
+            "fused minus untuned fused, NDCG@10": _interval(fused - untuned),
+        }
+
+
+def _ranks(way: Fusion, interest: list[Any], said: list[Any], prior: list[Any], places: list[int]) -> list[int]:
+    out = []
+    for e, lik, p, t in zip(interest, said, prior, places, strict=True):
+        scores = way.scores(e, lik, p)
+        out.append(int((scores >= scores[t]).sum()) if t >= 0 else 10**6)
+    return out
+
+
+def _interval(values: NDArray[np.float64]) -> dict[str, float]:
+    found = bootstrap_mean(values)
+    return {"mean": round(found.mean, 5), "low": round(found.low, 5), "high": round(found.high, 5), "n": found.n}
+
+
+def _show(record: dict[str, Any]) -> None:
+    if record["kind"] == "validation" or record["step"] % 10 == 0:
+        typer.echo({k: v for k, v in record.items() if k not in ("examples", "padding", "learning_rate")})
+
+
+if __name__ == "__main__":
+    app()
