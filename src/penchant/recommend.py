@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,12 +19,13 @@ from penchant.catalog_trie import CatalogTrie
 from penchant.data.dataset import Dataset
 from penchant.data.history import EventLog, Targets
 from penchant.data.split import Split, leave_last_out
-from penchant.errors import ConfigError, DataError, ModelError
+from penchant.errors import ConfigError, ModelError
 from penchant.filters import indices, item_mask
 from penchant.interest.encoder import InterestEncoder
 from penchant.interest.index import ExactIndex
 from penchant.interest.train import train_encoder
 from penchant.interest.vectors import default_layer, item_vectors, standardise
+from penchant.lookup import find_title, find_user
 from penchant.prompt import Templates
 from penchant.rank import Fusion, Ranker, choose_fusion
 from penchant.run_folder import FitConfig, Fitted, load_run, save_run
@@ -154,6 +154,27 @@ class Recommender(Fitted):
             int(np.flatnonzero(c == t)[0]) if t in c else -1 for c, t in zip(candidates, sample.item, strict=True)
         ]
         return choose_fusion([row[k] for row, k in zip(scores, kept, strict=True)], likelihood, prior, target)
+
+    def with_ranker(self, engine: Engine, *, stages: Stages = silent) -> Recommender:
+        """The same item vectors and encoder, with another engine (such as an adapter) that ranks and generates.
+
+        How much it weighs is chosen on validation again; ``embedder`` keeps which model made the vectors.
+        """
+        model = replace(
+            self,
+            engine_source=engine.source,
+            fingerprint=engine.fingerprint,
+            embedder=self.embedder or {"fingerprint": self.fingerprint, "source": self.engine_source},
+            fusion=Fusion(0.0, 0.0),
+            prior=None,
+            seconds=dict(self.seconds),
+        )
+        model.use_engine(engine)
+        begun = time.perf_counter()
+        model.fusion = model._choose_fusion(self.split.valid, stages)
+        model.seconds["choose the fusion"] = time.perf_counter() - begun
+        model.prior = model.ranker.prior
+        return model
 
     # -- the engine ----------------------------------------------------------------------------
 
@@ -388,38 +409,12 @@ class Recommender(Fitted):
             return [None], [indices(history, self.log.item_index, "history")]
         if isinstance(titles, str):
             raise ConfigError("history_titles is one text, not a list of titles", remedy=f"pass [{titles!r}]")
-        return [None], [np.array([self._by_title(t) for t in titles or ()], dtype=np.int32)]
+        items = self.split.dataset.items
+        return [None], [np.array([find_title(items, t) for t in titles or ()], dtype=np.int32)]
 
     def user(self, user_id: str) -> int:
         """Index of a user; DataError where the model was given no such user."""
-        found = self.log.user_index.get(str(user_id))
-        if found is None:
-            near = difflib.get_close_matches(str(user_id), self.log.user_ids[:100_000], n=3)
-            raise DataError(
-                f"no user {user_id!r}" + (f" (near: {', '.join(near)})" if near else ""),
-                where=f"column {schema.USER}",
-                remedy="use a user of the data this model was fitted on, or give a history of item ids",
-            )
-        return found
-
-    def _by_title(self, title: str) -> int:
-        titles = self.split.dataset.items[schema.TITLE]
-        found = np.flatnonzero((titles == title).to_numpy())
-        ids = [self.log.item_ids[i] for i in found]
-        if len(found) == 1:
-            return int(found[0])
-        if len(found) > 1:
-            raise DataError(
-                f"{len(found)} items have the title {title!r}: {', '.join(ids[:5])}",
-                where="history_titles",
-                remedy="give their ids in `history`",
-            )
-        near = difflib.get_close_matches(title, titles.to_list(), n=3)
-        raise DataError(
-            f"no item has the title {title!r}" + (f" (near: {'; '.join(near)})" if near else ""),
-            where="history_titles",
-            remedy="give the title as the catalogue has it, or item ids in `history`",
-        )
+        return find_user(self.log, str(user_id))
 
     # -- saving --------------------------------------------------------------------------------
 

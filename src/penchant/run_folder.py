@@ -52,6 +52,7 @@ class Fitted:
 
     ``texts`` are the rendered items, ``vectors`` (n_items, d) the LLM's item vectors as they came, ``prior``
     (n_items,) the no-history log-likelihoods in nats (NaN where not needed yet), ``seconds`` where the time went.
+    ``embedder`` names the model that made the vectors where it isn't the one that ranks (fingerprint, source).
     """
 
     split: Split
@@ -62,6 +63,7 @@ class Fitted:
     encoder: InterestEncoder
     engine_source: dict[str, Any] | None
     fingerprint: str
+    embedder: dict[str, Any] | None = None
     fusion: Fusion = field(default_factory=lambda: Fusion(0.0, 0.0))
     prior: NDArray[np.float64] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -93,6 +95,7 @@ def save_run(model: Fitted, folder: Path) -> None:
                 "penchant": __version__,
                 "engine": model.engine_source,
                 "fingerprint": model.fingerprint,
+                "embedder": model.embedder,
                 "data": model.split.dataset.content_hash,
                 "templates": model.templates.hash(),
                 "split": model.split.spec,
@@ -157,6 +160,7 @@ def load_run(folder: Path) -> Fitted:
             encoder=encoder,
             engine_source=manifest["engine"],
             fingerprint=manifest["fingerprint"],
+            embedder=manifest.get("embedder"),
             fusion=Fusion(**manifest["fusion"]),
             prior=np.load(folder / "prior.npy", allow_pickle=False),
             seconds=manifest["seconds"],
