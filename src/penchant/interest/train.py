@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.interest.encoder import EncoderConfig, InterestEncoder, pad
+from penchant.interest.softmax import full_softmax_loss
 
 EpochDone = Callable[[int, float, float], None]  # epoch from 1, training loss in nats, validation NDCG@10
 
@@ -78,6 +78,7 @@ def _train(
     max_seconds: float,
 ) -> tuple[InterestEncoder, list[dict[str, float]]]:
     rng = np.random.default_rng(config.seed)
+    dtype = getattr(torch, config.softmax_dtype)
     model = InterestEncoder(config, n_items, text if config.use_text else None)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     steps = math.ceil(len(rows) / config.batch_rows)
@@ -97,7 +98,7 @@ def _train(
             states = model(ids[:, :-1], items)
             # Real positions only: padding would cost as much as they do.
             real = torch.arange(ids.shape[1] - 1) < (length - 1)[:, None]
-            loss = F.cross_entropy(states[real] @ items.T, ids[:, 1:][real])
+            loss = full_softmax_loss(states[real], items, ids[:, 1:][real], dtype=dtype)
             if not torch.isfinite(loss):
                 raise ModelError(
                     f"the loss is {float(loss.detach())} in epoch {epoch}",
