@@ -1,97 +1,122 @@
-"""Fit and evaluate the tasks of eval/tasks, and keep what was found as JSON.
+"""Run tasks of eval/tasks: baselines, our encoder's variants and the full model, and keep what was found as JSON.
 
-    python eval/benchmark.py ml-100k --out eval/results/ml-100k.json
-    python eval/benchmark.py mars-elearning --data-dir data/mars-elearning --out eval/results/mars-elearning.json
+    python eval/benchmark.py --suite quick --out eval/results
+    python eval/benchmark.py ml-latest-small-5core beauty --data-dir data --out eval/results
+    python eval/benchmark.py beauty --data-dir data --out eval/results --systems popularity,sasrec
 
-A task names its data (to be fetched, or files under --data-dir), its split, the settings of the fit, and seeds.
-The JSON holds, for each seed, the table with its intervals, the settings, and the machine and versions.
+A task names its data (fetched, or files in its folder under --data-dir), its split, the settings of the fit, the
+budget for tuning, and seeds. OUT/TASK.json holds the table of each seed with its intervals, their spread, settings,
+trials, machine, versions, data hash and commit; OUT/TASK.md the first seed's table for people. Each finished system
+is kept in OUT/TASK/ and is not made again, so a run that was cut off goes on where it was: the same command. No row
+of the data is written.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import penchant as pt
-from penchant.data.options import ReadOptions
-from penchant.errors import ConfigError
-from penchant.fetch import fetch
+from penchant.engine.noise import quiet_libraries
+from penchant.errors import ConfigError, PenchantError
+from penchant.evaluation.comparison import SYSTEMS, Comparison
+from penchant.evaluation.page import write_page
+from penchant.evaluation.tasks import load_task
 from penchant.files import write_json
-from penchant.resources import shipped
 
 
-class Files(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Suite(StrEnum):
+    """Tasks that are run together."""
 
-    interactions: str = Field(description="file under --data-dir")
-    items: str = Field(description="file under --data-dir")
-    read: ReadOptions = Field(default_factory=ReadOptions, description="how to read them, as `penchant prepare` would")
-
-
-class SplitTask(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    kind: str = Field(description="leave-last-out or global-time")
-    options: dict[str, Any] = Field(default_factory=dict, description="arguments of that split")
+    quick = "quick"
+    full = "full"
 
 
-class Task(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+SUITES = {
+    Suite.quick: ["ml-100k-quick"],
+    Suite.full: [
+        "ml-100k",
+        "ml-latest-small",
+        "ml-latest-small-5core",
+        "games",
+        "games-6k",
+        "games-20",
+        "beauty",
+        "sports",
+        "toys",
+        "mars-elearning",
+        "mars-elearning-time",
+    ],
+}
 
-    version: int = Field(description="raised at each change of meaning")
-    fetch: str | None = Field(default=None, description="a dataset `penchant fetch` knows")
-    files: Files | None = Field(default=None, description="or files of the user's own")
-    split: SplitTask
-    fit: pt.FitConfig = Field(default_factory=pt.FitConfig)
-    k: int = 10
-    llm_users: int = 500
-    seeds: list[int] = Field(default_factory=lambda: [0])
 
-
-def load_task(name: str) -> Task:
-    """The shipped task of that name, or a YAML file's."""
-    path = Path(name) if name.endswith(".yaml") else shipped("tasks") / f"{name}.yaml"
+def commit() -> dict[str, Any]:
+    """The commit this runs at, and whether the tree holds changes that it lacks."""
     try:
-        return Task.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
-        raise ConfigError(f"is no task: {error}", where=str(path), remedy="see eval/tasks for examples") from error
+        here = Path(__file__).resolve().parent
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None}
+    return {"commit": head.stdout.strip(), "changed": bool(changed.stdout.strip())}
 
 
 def main(
-    task_name: Annotated[str, typer.Argument(metavar="TASK", help="A name of eval/tasks, or a YAML file.")],
-    out: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    tasks: Annotated[
+        list[str] | None, typer.Argument(metavar="TASK...", help="Names of eval/tasks, or YAML files.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("eval/results"),
+    suite: Annotated[Suite | None, typer.Option(help="Tasks that belong together, besides those named.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder that holds the data sets' folders, or one of them.")
+    ] = None,
+    systems: Annotated[str | None, typer.Option(help=f"Some of: {', '.join(SYSTEMS)}; separated by commas.")] = None,
     model: Annotated[str, typer.Option(help="A known name, a model's folder, or a hub id.")] = "smollm2-135m",
     adapter: Annotated[str | None, typer.Option(help="A peft adapter.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the task's files.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
-    """Run one task with each of its seeds."""
-    task = load_task(task_name)
-    if task.fetch is not None:
-        folder = fetch(task.fetch)
-        dataset = pt.Dataset.read(folder / "interactions.csv", folder / "items.csv")
-    elif task.files is not None and data_dir is not None:
-        dataset = pt.Dataset.read(
-            data_dir / task.files.interactions, data_dir / task.files.items, options=task.files.read
+    """Run each task with each of its seeds; go on where an earlier run of the same was cut off."""
+    names = [*(SUITES[suite] if suite else []), *(tasks or [])]
+    if not names:
+        raise ConfigError("no task is named", where="benchmark", remedy="name one of eval/tasks, or give --suite quick")
+    loaded = {name: load_task(name) for name in names}  # a broken task should cost no other one's time
+
+    @cache
+    def engine() -> Any:
+        quiet_libraries()
+        return pt.load_engine(model, adapter, dtype=dtype)  # type: ignore[arg-type]
+
+    for name, task in loaded.items():
+        begun = time.perf_counter()
+
+        def say(line: str, begun: float = begun) -> None:
+            print(f"[{time.perf_counter() - begun:7.1f} s] {line}", file=sys.stderr, flush=True)
+
+        chosen = [part.strip() for part in systems.split(",")] if systems else []
+        comparison = Comparison(
+            Path(name).stem if name.endswith((".yaml", ".yml")) else name, task, out, engine, data_dir, chosen, say=say
         )
-    else:
-        raise ConfigError("the task reads files", where=task_name, remedy="give --data-dir FOLDER")
-    cut = {"leave-last-out": pt.leave_last_out, "global-time": pt.global_time}[task.split.kind]
-    split = cut(dataset, **task.split.options)
-    engine = pt.load_engine(model, adapter)
-    runs = []
-    for seed in task.seeds:
-        encoder = task.fit.encoder.model_copy(update={"seed": seed})
-        fitted = pt.Recommender.fit(split, engine, task.fit.model_copy(update={"seed": seed, "encoder": encoder}))
-        report = pt.evaluate(fitted, k=task.k, llm_users=task.llm_users, seed=seed)
-        print(report.to_text())
-        runs.append({**report.to_dict(), "fit_seconds": fitted.seconds, "training": fitted.training})
-    write_json(out, {"task": task_name, "version": task.version, "runs": runs})
-    print(out)
+        result = comparison.run(commit())
+        write_json(out / f"{comparison.name}.json", result)
+        write_page(result["runs"][0], out / f"{comparison.name}.md")
+        print(out / f"{comparison.name}.json")
+
+
+def run() -> None:
+    """A mistake of the user's is one message and exit code 2."""
+    try:
+        typer.run(main)
+    except PenchantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run()

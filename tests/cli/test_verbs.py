@@ -365,11 +365,12 @@ def test_evaluate_prints_an_honest_table_and_keeps_it(penchant: Call, ready: Any
         assert name in ended.out
     assert len(re.findall(r"-?[\d.]+ \[[+-]?[\d.]+, [+-]?[\d.]+\]", ended.out)) >= 16, "each number has its interval"
     report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report) == {"rows", "notes", "settings", "seconds", "environment"}
+    parts = {"title", "rows", "notes", "settings", "seconds", "environment"}
+    assert set(report) == parts | {"slices", "costs", "beyond", "trials", "published", "examples"}
     assert report["settings"]["k"] == 5
     assert report["settings"]["data"] == Dataset.load(ready.data).content_hash
     assert report["environment"]["versions"]["torch"]
-    assert {"Recall@5", "NDCG@5"} == set(report["rows"][0]["metrics"])
+    assert {"Recall@5", "NDCG@5", "MRR"} == set(report["rows"][0]["metrics"])
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 

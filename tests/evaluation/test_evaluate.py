@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -21,8 +22,12 @@ from penchant.data.history import Targets
 from penchant.data.split import Split, global_time, leave_last_out
 from penchant.errors import ConfigError, DataError
 from penchant.evaluation import evaluate as module
+from penchant.evaluation.baselines.popularity import Popularity
 from penchant.evaluation.evaluate import evaluate
+from penchant.evaluation.ranking import rank_targets
 from penchant.evaluation.report import Report
+from penchant.evaluation.statistics import bootstrap_mean, holm, paired_permutation
+from penchant.evaluation.systems import Queries
 from penchant.interest.encoder import EncoderConfig
 from penchant.rank import Fusion
 from penchant.recommend import Recommender
@@ -136,7 +141,7 @@ def reranked(model: Recommender, targets: Targets) -> tuple[dict[str, list[float
         for name, (weight, calibration) in LLM_SYSTEMS.items():
             if target not in candidates:
                 behind = sum(scores[j] >= scores[target] for j in unseen)
-                out[name].append(max(behind, CANDIDATES + 1))
+                out[name].append(max(behind, CANDIDATES + 1) if target in unseen else model.log.n_items + 1)
                 continue
             mixed = (1 - weight) * z([scores[j] for j in candidates]) + weight * z(logp[0] - calibration * logp[1])
             own = mixed[candidates.index(target)]
@@ -152,11 +157,21 @@ def ndcg(ranks: Sequence[float], k: int) -> float:
     return sum(1 / math.log2(r + 1) for r in ranks if r <= k) / len(ranks)
 
 
-def check(report: Report, group: str, system: str, ranks: Sequence[float], k: int) -> None:
-    found = report.find(system, group).metrics
-    assert found[f"Recall@{k}"].mean == pytest.approx(recall(ranks, k)), system
-    assert found[f"NDCG@{k}"].mean == pytest.approx(ndcg(ranks, k)), system
-    assert found[f"Recall@{k}"].n == found[f"NDCG@{k}"].n == len(ranks)
+def mrr(ranks: Sequence[float], n_items: int) -> float:
+    return sum(1 / r for r in ranks if r <= n_items) / len(ranks)
+
+
+def check(report: Report, group: str, system: str, ranks: Sequence[float], k: int, *, users: int | None = None) -> None:
+    """``users``: how many users the targets are of, where it is not one each."""
+    row = report.find(system, group)
+    assert row.metrics[f"Recall@{k}"].mean == pytest.approx(recall(ranks, k)), system
+    assert row.metrics[f"NDCG@{k}"].mean == pytest.approx(ndcg(ranks, k)), system
+    assert row.more[f"Precision@{k}"].mean == pytest.approx(recall(ranks, k) / k), system
+    assert row.more[f"F1@{k}"].mean == pytest.approx(2 * recall(ranks, k) / (k + 1)), system
+    assert row.more["Recall@20"].mean == pytest.approx(recall(ranks, 20)), system
+    assert {e.n for e in row.metrics.values()} == {len(ranks) if users is None else users}
+    n_items = 18 if users is not None else 16
+    assert row.metrics["MRR"].mean == pytest.approx(mrr(ranks, n_items)), system
 
 
 def groups(report: Report) -> list[str]:
@@ -198,14 +213,17 @@ def test_repeats_cold_items_and_users_without_history_count_as_plain_loops_count
     report = evaluate(whole, k=k, llm_users=1_000)
     every, sample, _ = groups(report)
     expected = plain(whole, targets)
+    n_users = len(set(targets.user.tolist()))
+    assert n_users < len(targets)
     for system, ranks in expected.items():
-        check(report, every, system, ranks, k)
+        check(report, every, system, ranks, k, users=n_users)
     warm = np.array([i for i in range(len(targets)) if len(targets.history(i))])
     assert len(warm) == len(targets) - 1
+    known = len(set(targets.user[warm].tolist()))
     for system, ranks in expected.items():
-        check(report, sample, system, [ranks[i] for i in warm], k)
+        check(report, sample, system, [ranks[i] for i in warm], k, users=known)
     for system, ranks in reranked(whole, targets.take(warm))[0].items():
-        check(report, sample, system, ranks, k)
+        check(report, sample, system, ranks, k, users=known)
 
 
 def test_fewer_candidates_than_asked_for_make_chance_better(model: Recommender) -> None:
@@ -243,7 +261,7 @@ def test_ties_count_against_every_system(model: Recommender) -> None:
 def test_blocks_of_targets_change_nothing(model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     before = evaluate(model, k=3, llm_users=0).rows
     for block in (1, 16 * 7):
-        monkeypatch.setattr(module, "_BLOCK", block)
+        monkeypatch.setattr(module, "rank_targets", functools.partial(rank_targets, block=block))
         assert evaluate(model, k=3, llm_users=0).rows == before
 
 
@@ -254,14 +272,14 @@ def test_every_system_is_shown_on_the_same_seeded_sample(model: Recommender) -> 
     targets = model.split.test
     expected = plain(model, targets)
     seen: list[Targets] = []
-    true_ranks = module._llm_ranks
+    true_stage = module.run_llm_stage
 
-    def spy(model: Recommender, part: Targets, *rest: Any) -> Any:
+    def spy(model: Recommender, part: Targets, *rest: Any, **more: Any) -> Any:
         seen.append(part)
-        return true_ranks(model, part, *rest)
+        return true_stage(model, part, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_llm_ranks", spy)
+        patch.setattr(module, "run_llm_stage", spy)
         first, again, other = (evaluate(model, k=3, llm_users=8, seed=seed) for seed in (1, 1, 2))
     assert first.rows == again.rows
     assert seen[0].position.tolist() == seen[1].position.tolist() != seen[2].position.tolist()
@@ -356,3 +374,226 @@ def test_the_table_names_every_system_once_a_group_and_signs_the_difference(mode
         assert f"* {note}" in text
     with pytest.raises(KeyError):
         report.find("no such system")
+
+
+# -- protocols ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Guess:
+    """A baseline for the tests: the seed decides the scores, the user's own index is added."""
+
+    seed: int
+    name: str = "guess"
+
+    def scores(self, queries: Queries) -> np.ndarray:
+        rng = np.random.default_rng(self.seed)
+        table = rng.standard_normal((100, 16)).astype(np.float32)
+        return table[queries.user]
+
+
+def test_users_count_alike_where_asked(whole: Recommender) -> None:
+    targets = whole.split.test
+    by_user = evaluate(whole, k=3, llm_users=0, average="user").find("encoder").metrics["Recall@3"]
+    ranks = plain(whole, targets)["encoder"]
+    own: dict[int, list[float]] = {}
+    for user, r in zip(targets.user.tolist(), ranks, strict=True):
+        own.setdefault(user, []).append(float(r <= 3))
+    assert by_user.mean == pytest.approx(np.mean([np.mean(v) for v in own.values()]))
+    assert by_user.n == len(own)
+    assert by_user.mean != pytest.approx(recall(ranks, 3))
+
+
+def test_repeats_can_be_found_where_seen_items_are_kept(whole: Recommender) -> None:
+    targets = whole.split.test
+    repeats = np.array([i for i in range(len(targets)) if targets.item[i] in targets.history(i)])
+    some = targets.take(repeats)
+    for name in ("encoder", "popularity", "llm likelihood"):
+        assert evaluate(whole, some, k=18).find(name).metrics["Recall@18"].mean == 0
+        assert evaluate(whole, some, k=18, seen="keep").find(name).metrics["Recall@18"].mean > 0
+    notes = "\n".join(evaluate(whole, some, llm_users=0, seen="keep").notes)
+    assert "2 targets are repeats of an item the user has already; they count like any other" in notes
+    assert "repeats count, seen items are not masked" in notes
+
+
+def test_sampled_candidates_are_named_so_in_every_table(model: Recommender) -> None:
+    targets = model.split.test
+    rng = np.random.default_rng(5)
+    candidates = np.array([[*rng.choice([i for i in range(16) if i != t], 3, replace=False), t] for t in targets.item])
+    report = evaluate(model, k=2, llm_users=1_000, candidates=candidates)
+    every, sample, _ = groups(report)
+    assert "sampled candidates (4)" in every
+    assert "sampled candidates (4)" in sample
+    assert "ranked among sampled candidates only (4 a target), nothing masked" in report.notes[0]
+    assert report.settings["candidates"] == 4
+    matrix = model.encoder.item_matrix()
+    expected = []
+    for i, row in enumerate(candidates):
+        scores = matrix @ model.encoder.encode([targets.history(i)])[0]
+        expected.append(1 + sum(scores[j] >= scores[targets.item[i]] for j in row if j != targets.item[i]))
+    assert report.find("encoder", every).metrics["Recall@2"].mean == pytest.approx(recall(expected, 2))
+    assert report.find("llm likelihood", sample).metrics["Recall@2"].mean > 0
+    # The target is one of four: in random order half of them are among two.
+    assert report.find("the candidates in random order (expected)").metrics["Recall@2"].mean == 0.5
+    assert evaluate(model, k=4, llm_users=9, candidates=candidates).find(FUSED).metrics["Recall@4"].mean == 1
+
+
+def test_ours_is_tested_against_the_best_baseline_with_holm(model: Recommender) -> None:
+    targets = model.split.test
+    perfect = Popularity(np.zeros(16, np.float32), "useless")
+    report = evaluate(model, k=5, llm_users=1_000, baselines=[perfect, Guess(1)])
+    guess, encoder = report.find("guess"), report.find("encoder")
+    assert guess.metrics["NDCG@5"].mean > report.find("useless").metrics["NDCG@5"].mean
+    differences = [row for row in report.rows if row.difference]
+    assert [row.system for row in differences] == [
+        "encoder minus guess",
+        "llm+interest minus encoder",
+        "llm+interest minus guess",
+    ]
+    first = differences[0]
+    assert first.metrics["NDCG@5"].mean == pytest.approx(encoder.metrics["NDCG@5"].mean - guess.metrics["NDCG@5"].mean)
+    # The p values are those of plain tests on the ranks, corrected over the three.
+    scores = Guess(1).scores(Queries.of(targets))
+    theirs = [rank(scores[i].tolist(), targets.history(i).tolist(), int(targets.item[i])) for i in range(len(targets))]
+    ours = plain(model, targets)["encoder"]
+    fused = reranked(model, targets)[0][FUSED]
+
+    def gains(ranks: Sequence[float]) -> np.ndarray:
+        return np.array([1 / math.log2(r + 1) if r <= 5 else 0.0 for r in ranks])
+
+    pairs = ((ours, theirs), (fused, ours), (fused, theirs))
+    expected = holm([paired_permutation(gains(a), gains(b), 0).p for a, b in pairs])
+    assert [row.p for row in differences] == pytest.approx(expected.tolist())
+    assert "Holm-corrected over the 3 differences of this report" in "\n".join(report.notes)
+    assert f"p {first.p:.2g}" in report.to_text()
+
+
+def test_slices_are_the_metrics_of_their_targets(whole: Recommender) -> None:
+    targets = whole.split.test
+    report = evaluate(whole, k=3, llm_users=0, item_columns=["genres"])
+    expected = plain(whole, targets)["encoder"]
+    length = [len(targets.history(i)) for i in range(len(targets))]
+    (row,) = [r for r in report.slices if (r.slice, r.value, r.system) == ("history length", "4-10", "encoder")]
+    inside = [r for r, n in zip(expected, length, strict=True) if 4 <= n <= 10]
+    assert row.n == len(inside)
+    assert row.metrics["Recall@3"].mean == pytest.approx(recall(inside, 3))
+    assert {"history length", "item coldness", "item popularity", "item genres"} == {r.slice for r in report.slices}
+    users = pl.DataFrame({"user_id": [f"u{i}" for i in range(30)], "job": ["a", "b"] * 15})
+    by_job = [r for r in evaluate(whole, llm_users=0, users=users).slices if r.slice == "user job"]
+    assert {r.value for r in by_job} == {"a", "b"}
+    assert evaluate(whole, llm_users=0, slices=False).slices == []
+
+
+class Counting(FakeEngine):
+    """Counts every token of every prompt and continuation."""
+
+    tokens_run = 0
+
+    def score(self, prompts: Any, continuations: Any, **more: Any) -> Any:
+        for prompt, candidates in zip(prompts, continuations, strict=True):
+            self.tokens_run += len(self.codec.encode(prompt)) + sum(map(len, candidates))
+        return super().score(prompts, continuations, **more)
+
+
+def test_costs_are_for_a_thousand_users(model: Recommender) -> None:
+    counted = dataclasses.replace(model, prior=np.zeros(16))  # no-history likelihoods cost nothing now
+    engine = Counting()
+    counted.use_engine(engine)
+    report = evaluate(counted, llm_users=8)
+    costs = {cost.system: cost for cost in report.costs}
+    assert list(costs) == ["encoder", "popularity", LAST, *LLM_SYSTEMS]
+    assert engine.tokens_run > 0
+    assert costs["llm likelihood"].tokens_per_1000_users == pytest.approx(engine.tokens_run * 1000 / 8)
+    assert costs["encoder"].tokens_per_1000_users == 0
+    assert costs[FUSED].seconds_per_1000_users > costs["encoder"].seconds_per_1000_users > 0
+    # An engine that does not count says nothing rather than 0.
+    assert {c.tokens_per_1000_users for c in evaluate(model, llm_users=8).costs} == {0.0, None}
+
+
+def test_beyond_accuracy_is_of_the_same_targets_for_every_system(model: Recommender) -> None:
+    report = evaluate(model, k=3, llm_users=8)
+    assert [row["system"] for row in report.beyond] == ["encoder", "popularity", LAST, *LLM_SYSTEMS]
+    assert {row["invalid"] for row in report.beyond} == {0.0}
+    assert {row["duplicates"] for row in report.beyond} == {0.0}
+    popular = next(row for row in report.beyond if row["system"] == "popularity")
+    assert popular["popularity_lift"] == max(row["popularity_lift"] for row in report.beyond)
+    assert all(row["genre_calibration"] is not None for row in report.beyond)
+
+
+# -- examples ----------------------------------------------------------------------------------
+
+
+def test_examples_are_real_users_with_facts(model: Recommender) -> None:
+    targets = model.split.test
+    report = evaluate(model, k=5, llm_users=1_000, seed=3)
+    assert len(report.examples) == 10
+    assert report.examples == evaluate(model, k=5, llm_users=1_000, seed=3).examples
+    expected, (ours, choices) = plain(model, targets)["encoder"], reranked(model, targets)
+    row_of = {model.log.user_ids[u]: row for row, u in enumerate(targets.user)}
+    titles = model.split.dataset.items["title"].to_list()
+    stories = set()
+    for example in [*report.examples, *evaluate(model, k=5, llm_users=1_000, seed=4).examples]:
+        row = row_of[example.user]
+        before, after = expected[row], int(ours[FUSED][row])
+        assert example.target == titles[targets.item[row]]
+        assert example.history == [titles[i] for i in targets.history(row)]
+        assert example.target_rank == {"encoder": before, FUSED: after}
+        assert not set(example.recommended[FUSED]) & set(example.history)
+        if after <= 5:
+            assert example.recommended[FUSED][after - 1] == example.target
+        if not choices[row]:
+            fact = f"the target was retrieved at {before}, outside the 5 candidates"
+        elif after != before:
+            fact = f"the LLM moved the target from {before} to {after}"
+        else:
+            fact = f"the LLM left the target at {after}"
+        assert fact in example.why
+        assert example.why.startswith("right") == (after == 1)
+        stories.add(fact.partition(" target ")[2][:5])
+    assert len(stories) >= 2
+
+
+def test_examples_name_cold_targets_repeats_and_users_without_history(whole: Recommender) -> None:
+    targets = whole.split.test
+    cold = next(i for i in range(len(targets)) if whole.split.train_counts[targets.item[i]] == 0)
+    repeat = next(i for i in range(len(targets)) if targets.item[i] in targets.history(i))
+    nobody = next(i for i in range(len(targets)) if not len(targets.history(i)))
+    one = [targets.take(np.array([row])) for row in (cold, repeat, nobody)]
+    whys = [evaluate(whole, target, llm_users=0).examples[0].why for target in one]
+    assert "the target is cold" in whys[0]
+    assert "repeats an item of the history" in whys[1]
+    assert "no history, so popularity answers" in whys[2]
+
+
+# -- what is refused ---------------------------------------------------------------------------
+
+
+def test_training_events_are_no_targets(model: Recommender) -> None:
+    learnt = Targets(model.log, np.concatenate([model.split.test.position[:3], np.flatnonzero(model.split.train)[5:7]]))
+    with pytest.raises(DataError, match="2 of 5 targets are events the model was trained on"):
+        evaluate(model, learnt)
+
+
+def test_a_leak_fails_the_run_before_anything_is_scored(model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = model.split
+    train = split.train.copy()
+    train[split.valid.position[4]] = True  # learnt from what validation holds out
+    leaky = dataclasses.replace(model, split=dataclasses.replace(split, train=train))
+    leaky.use_engine(FakeEngine())
+    monkeypatch.setattr(module, "rank_targets", lambda *a, **b: pytest.fail("it was scored"))
+    with pytest.raises(DataError, match="leak check"):
+        evaluate(leaky)
+
+
+def test_the_leak_check_is_on_record(model: Recommender) -> None:
+    assert "leak check: 60 prompts and 30 training rows" in "\n".join(evaluate(model, llm_users=0).notes)
+
+
+def test_a_mean_over_events_draws_whole_users(whole: Recommender) -> None:
+    """Forty events of one user are no forty independent observations: the interval is wider than theirs."""
+    targets = whole.split.test
+    ranks = np.array(plain(whole, targets)["popularity"])
+    naive = bootstrap_mean((ranks <= 3).astype(np.float64))
+    found = evaluate(whole, k=3, llm_users=0).find("popularity").metrics["Recall@3"]
+    assert found.mean == pytest.approx(naive.mean)
+    assert (found.low, found.high) != (naive.low, naive.high)

@@ -1,35 +1,154 @@
-"""``penchant evaluate``: an honest table for a run, on the test targets of its own split."""
+"""``penchant evaluate``: an honest table for a run, on the test targets of its own split or of a task."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from penchant.cli.console import progress
+from penchant.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+    from numpy.typing import NDArray
+
+    from penchant.data.history import Targets
+    from penchant.evaluation.report import Report
+    from penchant.recommend import Recommender
 
 
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="A folder made by `penchant fit`.")],
+    task: Annotated[str | None, typer.Option(help="A task whose targets and candidates are used.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the task's data.")] = None,
+    lists: Annotated[
+        Path | None, typer.Option(help="Score this parquet file of recommendations (user_id, item_id, rank or score).")
+    ] = None,
     k: Annotated[int, typer.Option("-k", "--k", help="Cut-off of the metrics.")] = 10,
     llm_users: Annotated[int, typer.Option(help="Seeded test users that go through the LLM stage; 0: none.")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the sample and of the intervals.")] = 0,
+    average: Annotated[str, typer.Option(help="event: targets count alike; user: users do.")] = "event",
+    seen: Annotated[str, typer.Option(help="mask: seen items are not recommended; keep: repeats count.")] = "mask",
+    slice_by: Annotated[list[str] | None, typer.Option(help="An item column to slice by; may be repeated.")] = None,
+    users: Annotated[Path | None, typer.Option(help="CSV of users to slice by: user_id and further columns.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the report, with machine and versions, here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write it as one self-contained page (.html).")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write it as Markdown (.md).")] = None,
 ) -> None:
-    """Print Recall and NDCG with 95% intervals for the model, its parts and plain baselines."""
+    """Print Recall, NDCG and MRR with 95% intervals for the model, its parts and plain baselines."""
     from penchant.engine.noise import quiet_libraries
 
     quiet_libraries()
-    from penchant.evaluation.evaluate import evaluate
     from penchant.recommend import Recommender
 
+    _check_choices(average, seen, html, markdown)
     model = Recommender.load(run)
-    with progress() as stages:
-        report = evaluate(model, k=k, llm_users=llm_users, seed=seed, stages=stages)
+    targets, candidates, seen_last, published = _targets(model, task, data_dir)
+    if lists is not None:
+        if candidates is not None:
+            raise ConfigError(
+                "a table of recommendations cannot be ranked among sampled candidates",
+                where="evaluate",
+                remedy="give a task without candidates, or none",
+            )
+        from penchant.evaluation.evaluate_lists import evaluate_lists
+
+        report = evaluate_lists(
+            model.split,
+            targets,
+            lists,
+            k=k,
+            seed=seed,
+            average=average,  # type: ignore[arg-type]
+            repeats=seen == "keep",
+        )
+    else:
+        from penchant.evaluation.evaluate import evaluate
+
+        with progress() as stages:
+            report = evaluate(
+                model,
+                targets,
+                k=k,
+                llm_users=llm_users,
+                seed=seed,
+                average=average,  # type: ignore[arg-type]
+                seen=seen,  # type: ignore[arg-type]
+                seen_last=seen_last,
+                candidates=candidates,
+                item_columns=slice_by or (),
+                users=_read_users(users),
+                stages=stages,
+            )
+    report.published.extend(published)
     typer.echo(report.to_text())
+    _write(report, json, html, markdown)
+
+
+def _check_choices(average: str, seen: str, html: Path | None, markdown: Path | None) -> None:
+    """What is wrong with the options, before anything is loaded."""
+    for name, value, known in (("average", average, ("event", "user")), ("seen", seen, ("mask", "keep"))):
+        if value not in known:
+            raise ConfigError(f"unknown --{name} {value!r}", where="evaluate", remedy=f"use {' or '.join(known)}")
+    for path, ending in ((html, ".html"), (markdown, ".md")):
+        if path is not None and path.suffix.lower() != ending:
+            raise ConfigError(f"the page's name does not end in {ending}", where=str(path), remedy=f"name it x{ending}")
+
+
+def _targets(
+    model: Recommender, name: str | None, data_dir: Path | None
+) -> tuple[Targets, NDArray[np.int32] | None, int | None, list[dict[str, object]]]:
+    """The run's own test targets, or the task's: then the run must be of the task's data and split."""
+    if name is None:
+        return model.split.test, None, None, []
+    from penchant.evaluation.tasks import asked_of, load_task, read_data, split_of
+
+    task = load_task(name)
+    dataset = read_data(task, data_dir)
+    if dataset.content_hash != model.split.dataset.content_hash:
+        raise ConfigError(
+            f"the run is of other data (content hash {model.split.dataset.content_hash[:12]}) than the task "
+            f"({dataset.content_hash[:12]})",
+            where=f"task {name}",
+            remedy="fit a run on the task's data, read and filtered as its YAML says",
+        )
+    spec = split_of(task, dataset).spec
+    if spec != model.split.spec:
+        raise ConfigError(
+            f"the run's split {model.split.spec} is not the task's {spec}",
+            where=f"task {name}",
+            remedy="fit the run with the task's split",
+        )
+    asked = asked_of(task, model.split, data_dir)
+    published = [one.model_dump(mode="json") for one in task.published]
+    return asked.targets, asked.candidates, task.seen_last, published
+
+
+def _read_users(path: Path | None) -> pl.DataFrame | None:
+    if path is None:
+        return None
+    import polars as pl
+    from polars.exceptions import PolarsError
+
+    try:
+        return pl.read_csv(path, schema_overrides={"user_id": pl.String})
+    except (PolarsError, OSError) as error:
+        raise ConfigError(f"cannot be read as CSV ({error})", where=str(path), remedy="check --users") from error
+
+
+def _write(report: Report, json: Path | None, html: Path | None, markdown: Path | None) -> None:
+    found = report.to_dict()
     if json is not None:
         from penchant.files import write_json
 
-        write_json(json, report.to_dict())
+        write_json(json, found)
         typer.echo(str(json))
+    for path in (html, markdown):
+        if path is not None:
+            from penchant.evaluation.page import write_page
+
+            write_page(found, path)
+            typer.echo(str(path))

@@ -77,6 +77,10 @@ def run_recipe(
         typer.echo(preview(name, chosen, dataset))
         return
     outcome = finetune(name, chosen, dataset, out, resume=resume, on_record=_show)
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return  # one of many processes says how it ended
     typer.echo(
         f"{outcome.stopped}: {outcome.steps} of {outcome.total_steps} steps, {outcome.targets:,} targets, "
         f"{outcome.tokens:,} tokens, {outcome.seconds:.0f} s; best at step {outcome.best_step}"

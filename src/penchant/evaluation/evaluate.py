@@ -2,33 +2,83 @@
 
 Full ranking over the whole catalogue, seen items masked, ties counted against us. The encoder and the
 baselines are ranked on every target; the LLM reranks the encoder's candidates on a seeded sample, and
-every system is shown on that same sample too.
+every system is shown on that same sample too. Nothing is scored before the leak check has passed.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
-from penchant import metrics
 from penchant.data.history import Targets
+from penchant.data.split import Split
 from penchant.errors import ConfigError, DataError
-from penchant.evaluation.report import Report, Row
-from penchant.evaluation.statistics import bootstrap_mean
+from penchant.evaluation import beyond
+from penchant.evaluation.examples import examples
+from penchant.evaluation.leaks import check_run
+from penchant.evaluation.llm_stage import LLMStage, run_llm_stage
+from penchant.evaluation.notes import protocol_notes
+from penchant.evaluation.ours import own_systems
+from penchant.evaluation.ranking import Ranked, Seen, rank_targets
+from penchant.evaluation.report import Cost, Report, Row
+from penchant.evaluation.rows import Average, Table, corrected
+from penchant.evaluation.slices import slices as slices_of
+from penchant.evaluation.systems import System
 from penchant.interest.vectors import standardise
-from penchant.rank import Fusion
-from penchant.recommend import Items, Recommender, Stages, silent
+from penchant.recommend import Recommender, Stages, silent
+from penchant.schema import USER
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+_GENRES = "genres"
 
-Ranks = NDArray[np.int64]
 
-# Scores held at once: 16M float32 are 64 MB.
-_BLOCK = 16_000_000
+@dataclass(frozen=True, eq=False)
+class Protocol:
+    """What decides how targets are ranked and averaged. ``candidates`` (n_targets, c), padded with -1, or None."""
+
+    k: int = 10
+    llm_users: int = 500
+    seed: int = 0
+    average: Average = "event"
+    seen: Seen = "mask"
+    seen_last: int | None = None
+    candidates: NDArray[np.integer] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("k", self.k, 1), ("llm_users", self.llm_users, 0), ("seed", self.seed, 0)):
+            if value < least:
+                raise ConfigError(f"{name} is {value}", where="evaluate", remedy=f"give {least} or more")
+        if self.average not in ("event", "user"):
+            raise ConfigError(f"unknown average {self.average!r}", where="evaluate", remedy="use event or user")
+
+    def rank(self, system: System, targets: Targets, stages: Stages = silent) -> Ranked:
+        """One system's ranking of all targets."""
+        return rank_targets(
+            system,
+            targets,
+            k=self.k,
+            seen=self.seen,
+            seen_last=self.seen_last,
+            candidates=self.candidates,
+            done=stages(f"rank {system.name}", len(targets)),
+        )
+
+    def whole(self, n_items: int) -> str:
+        """What the targets were ranked among, for the name of a group."""
+        if self.candidates is None:
+            return f"whole catalogue of {n_items:,}"
+        return f"sampled candidates ({self.candidates.shape[1]})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the settings of a report."""
+        sampled = None if self.candidates is None else self.candidates.shape[1]
+        names = ("k", "llm_users", "seed", "average", "seen", "seen_last")
+        return {name: getattr(self, name) for name in names} | {"candidates": sampled}
 
 
 def evaluate(
@@ -38,68 +88,164 @@ def evaluate(
     k: int = 10,
     llm_users: int = 500,
     seed: int = 0,
+    average: Average = "event",
+    seen: Seen = "mask",
+    seen_last: int | None = None,
+    candidates: NDArray[np.integer] | None = None,
+    baselines: Sequence[System] = (),
+    slices: bool = True,
+    item_columns: Sequence[str] = (),
+    users: pl.DataFrame | None = None,
     stages: Stages = silent,
 ) -> Report:
-    """Recall@k and NDCG@k with 95% intervals, on ``targets`` (the split's test targets by default).
+    """Recall@k, NDCG@k and MRR with 95% intervals, on ``targets`` (the split's test targets by default).
 
-    ``llm_users`` targets, drawn with ``seed``, go through the LLM stage (0: none do).
+    ``llm_users`` targets, drawn with ``seed``, go through the LLM stage (0: none do). ``average``: events count
+    alike, or users do. ``seen``, ``seen_last`` and ``candidates`` are those of ``rank_targets``. ``baselines`` stand
+    beside the built-in ones, and ours is tested against the best of them. ``slices`` also by ``item_columns`` and
+    by every column of ``users`` (a table with user_id).
+
+    Raises DataError where there are no targets, one is a training event, or the leak check finds something.
     """
-    for name, value, least in (("k", k, 1), ("llm_users", llm_users, 0), ("seed", seed, 0)):
-        if value < least:
-            raise ConfigError(f"{name} is {value}", where="evaluate", remedy=f"give {least} or more")
+    protocol = Protocol(k, llm_users, seed, average, seen, seen_last, candidates)
     targets = model.split.test if targets is None else targets
+    check_targets(model, targets)
+    checked = check_run(model)
+    begun = time.perf_counter()
+    ranked = [protocol.rank(system, targets, stages) for system in (*own_systems(model), *baselines)]
+    seconds = {"encoder and baselines": time.perf_counter() - begun}
+    report = tabulate(
+        model.split,
+        targets,
+        protocol,
+        ranked,
+        [system.name for system in baselines],
+        model=model,
+        vectors=standardise(model.vectors),
+        seconds=seconds,
+        slices=slices,
+        item_columns=item_columns,
+        users=users,
+        stages=stages,
+    )
+    report.notes.append(checked.note())
+    return report
+
+
+def check_targets(model: Recommender, targets: Targets) -> None:
+    """Refuse targets that would flatter the model, or none at all."""
     if len(targets) == 0:
         raise DataError(
             "there are no targets to evaluate on",
             where="evaluate",
             remedy="fit on a split with a test part (leave_last_out or global_time), not on a bare dataset",
         )
-    seconds: dict[str, float] = {}
-    begun = time.perf_counter()
-    plain = _plain_ranks(model, targets, stages)
-    seconds["encoder and baselines"] = time.perf_counter() - begun
-    rows = _rows(f"all {len(targets):,} test targets, whole catalogue of {model.log.n_items:,}", plain, k, seed)
-    notes = _notes(model, targets)
-    chosen = _sample(targets, llm_users, seed)
-    if llm_users > 0 and not len(chosen):
+    learnt = int(model.split.train[targets.position].sum())
+    if learnt:
+        raise DataError(
+            f"{learnt:,} of {len(targets):,} targets are events the model was trained on",
+            where="evaluate",
+            remedy="evaluate on the split's test (or valid) targets",
+        )
+
+
+def tabulate(
+    split: Split,
+    targets: Targets,
+    protocol: Protocol,
+    ranked: Sequence[Ranked],
+    baselines: Sequence[str],
+    *,
+    model: Recommender | None = None,
+    vectors: NDArray[np.float32] | None = None,
+    seconds: dict[str, float] | None = None,
+    slices: bool = True,
+    item_columns: Sequence[str] = (),
+    users: pl.DataFrame | None = None,
+    fit_seconds: dict[str, float] | None = None,
+    n_examples: int = 10,
+    stages: Stages = silent,
+) -> Report:
+    """The report from rankings that were made already, ours first; with a ``model`` the LLM stage is run here.
+
+    ``baselines`` names those rankings that ours is tested against. ``vectors`` (n_items, d) are what lists are
+    compared by.
+    """
+    log, seconds = split.log, dict(seconds or {})
+    encoder = ranked[0]
+    table = Table(protocol.k, log.n_items, targets.user, protocol.average, protocol.seed)
+    every = f"all {len(targets):,} test targets, {protocol.whole(log.n_items)}"
+    rows = table.rows(every, ranked)
+    best = best_of([one for one in ranked if one.system in baselines], table)
+    if best is not None:
+        group = f"ours against the best baseline on all {len(targets):,} targets, paired difference"
+        rows.append(table.difference(group, f"{encoder.system} minus {best.system}", encoder.rank, best.rank))
+    notes = protocol_notes(split, targets, protocol.seen, protocol.seen_last, protocol.candidates, protocol.average)
+    chosen = _sample(targets, protocol.llm_users if model else 0, protocol.seed)
+    if model and protocol.llm_users > 0 and not len(chosen):
         notes.append("no target has a history, so the LLM stage ran on none")
-    if len(chosen):
+    stage, shown, shown_targets = None, list(ranked), targets
+    if model and len(chosen):
         begun = time.perf_counter()
-        reranked, choices = _llm_ranks(model, targets.take(chosen), plain["encoder"][chosen], stages)
+        shown, shown_targets = [one.take(chosen) for one in ranked], targets.take(chosen)
+        stage = run_llm_stage(
+            model,
+            shown_targets,
+            shown[0],
+            seen=protocol.seen,
+            seen_last=protocol.seen_last,
+            candidates=None if protocol.candidates is None else protocol.candidates[chosen],
+            stages=stages,
+        )
         seconds["LLM stage"] = time.perf_counter() - begun
-        group = (
-            f"the same {len(chosen):,} of them (seed {seed}) for every system; "
-            f"the LLM ranks the encoder's top {model.config.candidates}"
-        )
-        some = {name: rank[chosen] for name, rank in plain.items()}
-        rows += _rows(group, {**some, **reranked}, k, seed)
-        rows += _random_order(group, choices, k, seed)
-        fused, encoder = reranked[_fused_name(model.fusion)], some["encoder"]
-        rows.append(
-            Row(
-                "what the LLM adds on them, paired difference",
-                "llm+interest minus encoder",
-                {
-                    f"Recall@{k}": bootstrap_mean(metrics.recall(fused, k) - metrics.recall(encoder, k), seed),
-                    f"NDCG@{k}": bootstrap_mean(metrics.ndcg(fused, k) - metrics.ndcg(encoder, k), seed),
-                },
-                difference=True,
-            )
-        )
+        rows += _llm_rows(table.take(chosen), protocol, model, shown, stage, best)
+        shown += stage.ranked
         notes.append(f"the LLM stage ran on {len(chosen):,} seeded users of {len(targets):,}; --llm-users changes that")
-    settings = {
-        "k": k,
-        "llm_users": llm_users,
-        "seed": seed,
-        "split": model.split.spec,
-        "data": model.split.dataset.content_hash,
-        "templates": model.templates.hash(),
-        "model": model.fingerprint,
-        "engine": model.engine_source,
-        "config": model.config.model_dump(mode="json"),
-        "fusion": model.fusion.to_dict(),
-    }
-    return Report(rows, notes, settings, {name: round(value, 2) for name, value in seconds.items()})
+    rows, tests = corrected(rows)
+    notes += tests
+    sliced = []
+    if slices:
+        columns = [] if users is None else [name for name in users.columns if name != USER]
+        parts = slices_of(split, targets, item_columns=item_columns, user_columns=columns, users=users)
+        sliced = table.slice_rows(parts, ranked)
+        if stage is not None:
+            parts = slices_of(split, shown_targets, item_columns=item_columns, user_columns=columns, users=users)
+            sliced += table.take(chosen).slice_rows(parts, [stage.fused])
+            notes.append("slices: the LLM's systems on their sample, all others on all targets")
+    if stage is not None and stage.prior_seconds > 0.05:
+        notes.append(
+            f"the likelihoods without history took {stage.prior_seconds:.1f} s, once for a catalogue; no cost above "
+            "counts them"
+        )
+    final = stage.fused if stage else shown[0]
+    retrieved = 0 if model is None else model.config.candidates
+    return Report(
+        rows,
+        notes,
+        _settings(split, protocol, model),
+        {name: round(value, 2) for name, value in seconds.items()},
+        slices=sliced,
+        costs=_costs(ranked, stage, len(chosen), shown[0], fit_seconds or {}),
+        beyond=_beyond(split, shown_targets, shown, vectors),
+        examples=examples(
+            split,
+            shown_targets,
+            shown[0],
+            final,
+            [one for one in shown if best is not None and one.system == best.system],
+            n=n_examples,
+            seed=protocol.seed,
+            masked=protocol.seen == "mask" and protocol.candidates is None,
+            choices=None if stage is None else stage.choices,
+            candidates=retrieved if protocol.candidates is None else protocol.candidates.shape[1],
+        ),
+    )
+
+
+def best_of(ranked: Sequence[Ranked], table: Table) -> Ranked | None:
+    """The one with the best NDCG, chosen on the test itself: the hardest to beat. None of none."""
+    quality = [table.mean(table.headline(one.rank)[f"NDCG@{table.k}"]).mean for one in ranked]
+    return ranked[int(np.argmax(quality))] if ranked else None
 
 
 def _sample(targets: Targets, n: int, seed: int) -> NDArray[np.int64]:
@@ -110,121 +256,62 @@ def _sample(targets: Targets, n: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(warm, size=n, replace=False))
 
 
-def _plain_ranks(model: Recommender, targets: Targets, stages: Stages) -> dict[str, Ranks]:
-    """Ranks over the whole catalogue of the systems that need no LLM at serving time."""
-    text = standardise(model.vectors)
-    text /= np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-6)
-    counts = model.split.train_counts.astype(np.float32)
-    names = ("encoder", "popularity", "last item (LLM vectors)")
-    ranks: dict[str, list[Ranks]] = {name: [] for name in names}
-    done = stages("rank the whole catalogue", len(targets))
-    block = max(1, _BLOCK // model.log.n_items)
-    for start in range(0, len(targets), block):
-        part = targets.take(np.arange(start, min(start + block, len(targets))))
-        histories = [part.history(i) for i in range(len(part))]
-        warm = np.array([i for i, h in enumerate(histories) if len(h)], dtype=np.int64)
-        popular = np.repeat(counts[None], len(part), axis=0)
-        encoder, last = popular.copy(), popular.copy()
-        if warm.size:
-            interest = model.encoder.encode([histories[i] for i in warm])
-            encoder[warm] = interest @ model.index.vectors.T
-            last[warm] = text[[histories[i][-1] for i in warm]] @ text.T
-        for name, scores in zip(names, (encoder, popular, last), strict=True):
-            for i, seen in enumerate(histories):
-                scores[i, seen] = -np.inf
-            ranks[name].append(metrics.target_rank(scores, part.item))
-        done(len(part))
-    return {name: np.concatenate(parts) for name, parts in ranks.items()}
+def _llm_rows(
+    table: Table, protocol: Protocol, model: Recommender, shown: Sequence[Ranked], stage: LLMStage, best: Ranked | None
+) -> list[Row]:
+    """Every system on the LLM's sample, the floor under the LLM, and what the LLM adds."""
+    ranks = (
+        f"the encoder's top {model.config.candidates}"
+        if protocol.candidates is None
+        else f"the {protocol.whole(model.log.n_items)}"
+    )
+    group = f"the same {len(table.user):,} of them (seed {protocol.seed}) for every system; the LLM ranks {ranks}"
+    rows = table.rows(group, [*shown, *stage.ranked])
+    rows.append(table.random_order(group, stage.choices))
+    fused, encoder = stage.fused, shown[0]
+    adds = "what the LLM adds on them, paired difference"
+    rows.append(table.difference(adds, f"llm+interest minus {encoder.system}", fused.rank, encoder.rank))
+    if best is not None:
+        other = next(one for one in shown if one.system == best.system)
+        rows.append(table.difference(adds, f"llm+interest minus {best.system}", fused.rank, other.rank))
+    return rows
 
 
-def _fused_name(fusion: Fusion) -> str:
-    return f"llm+interest (weight {fusion.weight:g}, calibration {fusion.calibration:g})"
+def _costs(
+    ranked: Sequence[Ranked], stage: LLMStage | None, n_llm: int, encoder: Ranked, fit_seconds: dict[str, float]
+) -> list[Cost]:
+    out = [
+        Cost(one.system, 1000 * one.seconds / max(1, len(one.rank)), 0.0, fit_seconds.get(one.system)) for one in ranked
+    ]
+    if stage is not None:
+        seconds = 1000 * (stage.seconds + encoder.seconds) / n_llm
+        tokens = None if stage.tokens is None else 1000 * stage.tokens / n_llm
+        out += [Cost(one.system, seconds, tokens, fit_seconds.get(one.system)) for one in stage.ranked]
+    return out
 
 
-def _llm_ranks(
-    model: Recommender, targets: Targets, encoder: Ranks, stages: Stages
-) -> tuple[dict[str, Ranks], NDArray[np.int64]]:
-    """Ranks after the LLM reorders the retrieved candidates; behind them the encoder's order goes on.
-
-    Also how many candidates each target stands among, 0 where it is outside them.
-    """
+def _beyond(
+    split: Split, targets: Targets, ranked: Sequence[Ranked], vectors: NDArray[np.float32] | None
+) -> list[dict[str, Any]]:
+    """The numbers beyond accuracy, of every system's top k on the same targets."""
+    items, counts = split.dataset.items, split.train_counts
+    genres = beyond.genre_matrix(items, _GENRES)[0] if _GENRES in items.columns else None
     histories = [targets.history(i) for i in range(len(targets))]
-    items, interest = model.retrieve(histories, model.config.candidates)
-    candidates: list[Items] = [row[row >= 0] for row in items]
-    likelihood = model.ranker.likelihoods(histories, candidates, stages("LLM on test users", len(histories)))
-    model.ranker.priors(np.unique(np.concatenate(candidates)), stages("LLM without history", 1))
-    variants = {
-        "llm likelihood": Fusion(1.0, 0.0),
-        "llm likelihood - no-history likelihood": Fusion(1.0, 1.0),
-        _fused_name(model.fusion): model.fusion,
+    out = []
+    for one in ranked:
+        found = beyond.describe(one.top, train_counts=counts, histories=histories, vectors=vectors, genres=genres)
+        out.append({"system": one.system, **found.to_dict()})
+    return out
+
+
+def _settings(split: Split, protocol: Protocol, model: Recommender | None) -> dict[str, Any]:
+    settings = {**protocol.to_dict(), "split": split.spec, "data": split.dataset.content_hash}
+    if model is None:
+        return settings
+    return settings | {
+        "templates": model.templates.hash(),
+        "model": model.fingerprint,
+        "engine": model.engine_source,
+        "config": model.config.model_dump(mode="json"),
+        "fusion": model.fusion.to_dict(),
     }
-    ranks: dict[str, Ranks] = {}
-    for name, fusion in variants.items():
-        found = np.maximum(encoder, model.config.candidates + 1)
-        for i, (row, lik) in enumerate(zip(candidates, likelihood, strict=True)):
-            at = np.flatnonzero(row == targets.item[i])
-            if at.size:
-                scores = fusion.scores(interest[i][: len(row)], lik, model.ranker.prior[row])
-                found[i] = (scores >= scores[at[0]]).sum()
-        ranks[name] = found
-    choices = [len(row) if t in row else 0 for t, row in zip(targets.item, candidates, strict=True)]
-    return ranks, np.array(choices, dtype=np.int64)
-
-
-def _rows(group: str, ranks: Mapping[str, Ranks], k: int, seed: int) -> list[Row]:
-    return [
-        Row(
-            group,
-            name,
-            {
-                f"Recall@{k}": bootstrap_mean(metrics.recall(rank, k), seed),
-                f"NDCG@{k}": bootstrap_mean(metrics.ndcg(rank, k), seed),
-            },
-        )
-        for name, rank in ranks.items()
-    ]
-
-
-def _random_order(group: str, choices: NDArray[np.int64], k: int, seed: int) -> list[Row]:
-    """What the candidates give in random order, in expectation: the floor under any ranking of them.
-
-    ``choices`` (n,) is how many candidates each target stands among, each place as likely; 0 where it is none.
-    """
-    recall, ndcg = np.zeros(len(choices)), np.zeros(len(choices))
-    for n in np.unique(choices[choices > 0]):
-        places = np.arange(1, n + 1)
-        recall[choices == n] = metrics.recall(places, k).mean()
-        ndcg[choices == n] = metrics.ndcg(places, k).mean()
-    return [
-        Row(
-            group,
-            "the candidates in random order (expected)",
-            {f"Recall@{k}": bootstrap_mean(recall, seed), f"NDCG@{k}": bootstrap_mean(ndcg, seed)},
-        )
-    ]
-
-
-def _notes(model: Recommender, targets: Targets) -> list[str]:
-    log = model.log
-    repeated = sum(int(targets.item[i]) in targets.history(i) for i in range(len(targets)))
-    cold = int((model.split.train_counts[targets.item] == 0).sum())
-    nothing = int((targets.position == log.start[targets.user]).sum())
-    notes = [
-        "full ranking over the catalogue, seen items masked, ties counted against us; mean [95% bootstrap interval "
-        "over targets]",
-        model.split.summary(),
-    ]
-    if model.split.spec["kind"].startswith("leave-last-out"):
-        notes.append(
-            "leave-last-out: whatever is trained on all users has seen other users' events later than a target"
-        )
-    if repeated:
-        notes.append(
-            f"{repeated:,} targets are repeats of an item the user has already; masked, they cannot be found and count "
-            "as misses (prepare with --repeats first to take repeats out)"
-        )
-    if cold:
-        notes.append(f"{cold:,} targets are items without any training event")
-    if nothing:
-        notes.append(f"{nothing:,} targets have no history: popularity stands in for every system there")
-    return notes

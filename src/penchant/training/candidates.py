@@ -49,8 +49,11 @@ class Retriever:
         So no encoder has seen the target, nor anything else of its user.
         """
         log = self._split.log
-        fold = np.random.default_rng([self._seed, folds]).permutation(log.n_users) % folds
+        fold = self._fold_of_user(folds)
         return self._cached(Targets(log, positions), k, fold[log.user[positions]], folds)
+
+    def _fold_of_user(self, folds: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, folds]).permutation(self._split.log.n_users) % folds
 
     def _cached(self, targets: Targets, k: int, fold: NDArray[np.int64], folds: int) -> Candidates:
         k = min(k, self._split.log.n_items)
@@ -75,13 +78,16 @@ class Retriever:
 
     def _encoder(self, fold: int, folds: int) -> InterestEncoder:
         split, log = self._split, self._split.log
+        stopping = split.valid
         if folds == 1:
             sequences = training_sequences(split)
         else:
-            away = np.random.default_rng([self._seed, folds]).permutation(log.n_users) % folds != fold
+            away = self._fold_of_user(folds) != fold
             sequences = [log.item[log.all_of(int(u))][split.train[log.all_of(int(u))]] for u in np.flatnonzero(away)]
             sequences = [s for s in sequences if len(s)]
-        stopping = split.valid.sample(_STOPPING, self._seed)
+            # When to stop is learnt too: a validation history of these users holds the targets to retrieve for.
+            stopping = stopping.take(np.flatnonzero(away[stopping.user]))
+        stopping = stopping.sample(_STOPPING, self._seed)
         histories = [stopping.history(i) for i in range(len(stopping))]
         encoder, _ = train_encoder(
             sequences,

@@ -13,7 +13,7 @@ Quantization = Literal["none", "nf4", "int8"]
 class LoraSettings(BaseModel):
     """Low-rank adapters (Hu et al. 2021), as peft makes them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     r: int = Field(default=16, ge=1, description="rank")
     alpha: float = Field(default=32, gt=0, description="scale: alpha / r, or alpha / sqrt(r) with rslora")
@@ -30,7 +30,7 @@ class LoraSettings(BaseModel):
 class TrainConfig(BaseModel):
     """What every recipe shares."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     split: Literal["leave-last-out", "global-time", "none"] = Field(
         default="leave-last-out", description="as `penchant fit` cuts; none: only a validation event a user is held out"
@@ -109,6 +109,12 @@ class YesNoConfig(TrainConfig):
         default=None, description="examples in TALLRec's format (.json or .json.gz) in place of a dataset"
     )
     valid_examples: str | None = Field(default=None, description="validation examples in TALLRec's format")
+
+    @model_validator(mode="after")
+    def _knows_dislikes(self) -> YesNoConfig:
+        if "disliked" in self.negatives and self.like_threshold is None:
+            raise ValueError("negatives that are disliked need a like_threshold: without it every event is a like")
+        return self
 
 
 class ChooseConfig(TrainConfig):

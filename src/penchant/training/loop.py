@@ -74,12 +74,24 @@ class Outcome:
 
 def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     """Processes and devices as `accelerate launch` set them up; one process without it."""
-    return Accelerator(
-        cpu=config.device == "cpu" or not torch.cuda.is_available(),
-        mixed_precision="no",
-        log_with=config.report_to or None,
-        project_dir=str(out) if config.report_to else None,
-    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*no supported trackers", UserWarning)
+            found = Accelerator(
+                cpu=config.device == "cpu" or not torch.cuda.is_available(),
+                mixed_precision="no",
+                log_with=config.report_to or None,
+                project_dir=str(out) if config.report_to else None,
+            )
+    except ValueError as error:
+        raise ConfigError(str(error), where="report_to", remedy="name one of accelerate's trackers") from error
+    # A tracker whose package is missing is left out, without a word where there are others.
+    absent = sorted(set(config.report_to) - {"all", *map(str, found.log_with)})
+    if absent:
+        raise ConfigError(
+            f"the package of {', '.join(absent)} is not installed", where="report_to", remedy="install it, or leave it"
+        )
+    return found
 
 
 class Loop:
@@ -107,11 +119,11 @@ class Loop:
             trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.forward: Any = accelerator.prepare(student) if accelerator.num_processes > 1 else student
-        if accelerator.num_processes > config.packs_per_step:
+        if accelerator.num_processes > self.plan.fewest:
             raise ConfigError(
-                f"{accelerator.num_processes} processes share {config.packs_per_step} packs a step",
+                f"{accelerator.num_processes} processes share {self.plan.fewest} packs a step",
                 where="training",
-                remedy="raise packs_per_step to at least the number of processes",
+                remedy="use fewer processes, or raise packs_per_step and give enough rows for as many packs",
             )
         self._on_record = on_record or (lambda record: None)
         self._folder = out / "checkpoints"
@@ -125,21 +137,22 @@ class Loop:
             "best": None,
             "bad": 0,
             "first_loss": None,
+            "stopped": "",
             "warnings": [],
         }
 
     # -- the run -------------------------------------------------------------------------------
 
     def run(self, *, resume: bool = False) -> Outcome:
-        step = self._resume() if resume else 0
+        found = self._resume() if resume else None
         if self.accelerator.is_main_process:
-            self.journal = Journal(self.out / "log.jsonl", resume_step=step if step else None)
-        if step == 0:
+            self.journal = Journal(self.out / "log.jsonl", resume_step=found)
+        step = found or 0
+        if found is None:
             self._validate(0)
             self._checkpoint(0, keep=bool(self.config.eval_minutes))
-        stopped = "finished"
         due = sorted(60 * m for m in self.config.eval_minutes if 60 * m > self.state["seconds"])
-        while step < self.state["total_steps"]:
+        while step < self.state["total_steps"] and not self.state["stopped"]:
             self._step(step)
             step += 1
             self._fix_total(step)
@@ -149,20 +162,21 @@ class Loop:
                 due.pop(0)
             if step == min(_LEARNT_BY, self.state["total_steps"]):
                 self._check_learning(step)
-            if last or at_minute or step % self._every() == 0:
+            over = not last and self._over_time()
+            if last or at_minute or over or step % self._every() == 0:
                 better = self._validate(step)
+                if over:
+                    self.state["stopped"] = "the time box was full before its steps"
+                elif not better and self.state["bad"] >= self.config.patience and not last:
+                    self.state["stopped"] = f"no better validation in {self.config.patience}"
                 self._checkpoint(step, keep=at_minute)
-                if not better and self.state["bad"] >= self.config.patience and not last:
-                    stopped = f"no better validation in {self.config.patience}"
-                    break
             elif step % self.config.checkpoint_every == 0:
                 self._checkpoint(step)
-            if not last and self._over_time():
-                self._validate(step)
-                self._checkpoint(step)
-                stopped = "the time box was full before its steps"
-                break
-        self.accelerator.end_training()
+        if self.state["best_step"] == 0:
+            self._warn(
+                f"no validation in {step} steps was better than the one before the first: what is kept is the model "
+                "as it began; lower learning_rate, train longer, or look at the held-out loss in log.jsonl"
+            )
         s = self.state
         return Outcome(
             step,
@@ -172,7 +186,7 @@ class Loop:
             s["targets"],
             s["tokens"],
             round(s["seconds"], 2),
-            stopped,
+            s["stopped"] or "finished",
             s["warnings"],
         )
 
@@ -269,8 +283,9 @@ class Loop:
             if math.isnan(found["valid_loss"]):
                 self._warn("no held-out row: neither loss nor score can say whether this training helps")
             state["first_loss"] = found["valid_loss"]
-        best = state["best"]
-        better = best is None or _value(found) > _value(best)
+        best = math.nan if state["best"] is None else _value(state["best"])
+        # Where nothing can be measured the newest is kept: the first would be the untrained one.
+        better = math.isnan(best) or _value(found) > best
         if better:
             state |= {"best": found, "best_step": step, "bad": 0}
         else:
@@ -333,10 +348,10 @@ class Loop:
         left = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, total - warm)))
         return self.config.learning_rate * (0.01 + 0.99 * left)
 
-    def _resume(self) -> int:
+    def _resume(self) -> int | None:
         found = checkpoints(self._folder)
         if not found:
-            return 0
+            return None
         state = load_checkpoint(found[-1], self.student, self.optimiser)
         self.state |= {name: state[name] for name in state if name != "step"}
         return int(state["step"])
@@ -398,10 +413,9 @@ def memory_mib() -> int:
 
 
 def _value(found: dict[str, Any]) -> float:
-    """What early stopping compares: the score, or the held-out loss where nothing is scored."""
+    """What early stopping compares: the score, or the held-out loss where nothing can be scored; NaN without either."""
     score = found.get("score")
-    value = -found["valid_loss"] if score is None else score
-    return -math.inf if math.isnan(value) else float(value)
+    return float(-found["valid_loss"] if score is None or math.isnan(score) else score)
 
 
 def _greedy(rows: Sequence[Row], size: int) -> list[list[Row]]:

@@ -63,6 +63,7 @@ class Plan:
         # No shuffle needs fewer packs than this, so no epoch has a step without any.
         least = -(-int(lengths.sum()) // pack_tokens)
         self.steps_per_epoch = max(1, least // packs_per_step)
+        self.fewest = min(least, packs_per_step)  # packs that every step has at least
 
     def _of(self, epoch: int) -> list[list[int]]:
         if epoch != self._epoch:

@@ -309,29 +309,35 @@ def finetune(
     """Train and leave in ``out``: the adapter (plain peft), its card, settings, templates, log and curves.
 
     ``resume`` goes on from the newest checkpoint of a run that stopped. ConfigError where the settings,
-    data or templates differ from that run's; StorageError where ``out`` holds something else.
+    data or templates differ from that run's; StorageError where ``out`` holds something else. An
+    ``accelerator`` that is given is the caller's to end.
     """
+    own = accelerator is None
     accelerator = accelerator or make_accelerator(config, out)
     split = cut(data, config) if isinstance(data, Dataset) else data
     recipe = Recipe(name, config, split)
     identity = _identity(recipe)
     if accelerator.is_main_process:
         check_out(out, identity, resume)
+    # The main process fills the caches of vectors, candidates and rows; the others then read them.
+    with accelerator.main_process_first():
+        task = recipe.task()
+    loop = Loop(task, recipe.student, config, out, accelerator=accelerator, on_record=on_record)
+    # Only now: a run whose settings or data were refused leaves nothing that would stand in the next one's way.
+    if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "run.json", identity)
         (out / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "utf-8")
     if config.report_to:
         accelerator.init_trackers("penchant", config={"recipe": name, **_flat(config.model_dump(mode="json"))})
-    # The main process fills the caches of vectors, candidates and rows; the others then read them.
-    with accelerator.main_process_first():
-        task = recipe.task()
-    loop = Loop(task, recipe.student, config, out, accelerator=accelerator, on_record=on_record)
     outcome = loop.run(resume=resume)
     if accelerator.is_main_process:
         load_checkpoint(loop.best_checkpoint(), recipe.student, None)
         publish(recipe, outcome, out)
         plot(loop.journal.records, out / "loss.png", f"{name}: {outcome.steps} steps, {outcome.targets:,} targets")
     accelerator.wait_for_everyone()
+    if own:  # it finishes the trackers, and the processes' group with them: nothing can wait after that
+        accelerator.end_training()
     return outcome
 
 

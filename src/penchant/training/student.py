@@ -112,8 +112,7 @@ def load_student(config: TrainConfig) -> Student:
         model.get_output_embeddings().to(dtype)
     _check_head(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        _recompute(model)
     if config.method == "lora":
         model = _adapted(model, config)
     return Student(model)
@@ -164,6 +163,16 @@ def _adapted(model: Any, config: TrainConfig) -> PeftModel:
         raise ConfigError(
             f"no such adapter on this model: {error}", where="lora", remedy="check lora.targets"
         ) from error
+
+
+def _recompute(model: Any) -> None:
+    """Gradient checkpointing under whichever of its two names this transformers has."""
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # since 5.23, where the older name warns
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    model.enable_input_require_grads()
 
 
 @torch.no_grad()

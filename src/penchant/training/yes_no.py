@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def read_examples(path: Path | str) -> list[Example]:
     try:
         text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         rows = json.loads(text)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"cannot be read as JSON: {error}", where=str(file), remedy="give TALLRec's format") from error
     if not isinstance(rows, list) or not rows:
         raise DataError("holds no list of examples", where=str(file), remedy="give TALLRec's format")

@@ -1,0 +1,19 @@
+"""Plain recommenders to stand beside ours, tuned as honestly: one file a baseline, ``fit_baselines`` for all."""
+
+from penchant.evaluation.baselines.fit import NAMES, Baselines, Name, fit_baselines
+from penchant.evaluation.baselines.grids import Grids
+from penchant.evaluation.baselines.popularity import popularity_that_flatters
+from penchant.evaluation.baselines.tune import Budget, FittedSystem, Trial, Validation
+
+__all__ = [
+    "NAMES",
+    "Baselines",
+    "Budget",
+    "FittedSystem",
+    "Grids",
+    "Name",
+    "Trial",
+    "Validation",
+    "fit_baselines",
+    "popularity_that_flatters",
+]

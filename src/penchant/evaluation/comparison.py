@@ -1,0 +1,322 @@
+"""A whole task: every baseline, our encoder's variants and the full model on the same targets, with several seeds.
+
+Each finished system is stored at once and not made again, unless the task, the data, the version or the model
+changed. Every system has the same budget for tuning on validation, ours too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penchant import __version__
+from penchant.data.split import Split
+from penchant.errors import ConfigError
+from penchant.evaluation.baselines import NAMES, FittedSystem, Name, Validation, fit_baselines
+from penchant.evaluation.baselines.events import TrainingEvents
+from penchant.evaluation.baselines.sasrec import SASRec
+from penchant.evaluation.baselines.tune import grid, tune
+from penchant.evaluation.evaluate import Protocol, tabulate
+from penchant.evaluation.leaks import LeakCheck, check_run
+from penchant.evaluation.ours import own_systems
+from penchant.evaluation.ranking import Ranked
+from penchant.evaluation.report import Report, environment
+from penchant.evaluation.statistics import Spread
+from penchant.evaluation.store import Finished, Store, key_of
+from penchant.evaluation.systems import System
+from penchant.evaluation.tasks import Asked, Task, asked_of, read_data, split_of
+from penchant.interest.encoder import EncoderConfig
+from penchant.interest.train import train_encoder
+from penchant.interest.vectors import default_layer, item_vectors, standardise
+from penchant.prompt import Templates
+from penchant.recommend import Recommender, Stages, silent
+
+if TYPE_CHECKING:
+    from penchant.engine import Engine
+
+# Our encoder's variants: name -> (text vectors, ID embeddings). FULL is the one with both, and the LLM behind it.
+VARIANTS = {"encoder: ids": (False, True), "encoder: text": (True, False), "encoder: ids + text": (True, True)}
+BOTH = "encoder: ids + text"
+FULL = "full"
+# The same whatever the seed: made once.
+_DETERMINISTIC = {"popularity", "recent", "bm25", "nearest", "item_knn", "ease"}
+_NEED_VECTORS = {"nearest", *VARIANTS, FULL}
+# The untuned LLM is the full model's own first row, unless it has an adapter.
+SYSTEMS: tuple[str, ...] = (*(name for name in NAMES if name != "llm"), *VARIANTS, FULL)
+
+
+@dataclass(eq=False)
+class Comparison:
+    """One task being run into ``folder``. ``load`` brings the LLM, when it is first needed.
+
+    ``systems`` are some of SYSTEMS; without them the task's baselines, our variants and the full model.
+    """
+
+    name: str
+    task: Task
+    folder: Path
+    load: Callable[[], Engine]
+    data_dir: Path | None = None
+    systems: Sequence[str] = ()
+    stages: Stages = silent
+    say: Callable[[str], None] = lambda line: None
+    left_out: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        baselines = self.task.baselines or [name for name in NAMES if name != "llm"]
+        self.systems = self.systems or [*baselines, *VARIANTS, FULL]
+        unknown = [name for name in self.systems if name not in SYSTEMS]
+        if unknown:
+            raise ConfigError(
+                f"unknown system {unknown[0]!r}", where="benchmark", remedy=f"use some of {', '.join(SYSTEMS)}"
+            )
+        self.store = Store(self.folder / self.name)
+        self.begun = time.perf_counter()
+
+    # -- what is made once -------------------------------------------------------------------------
+
+    @cached_property
+    def split(self) -> Split:
+        return split_of(self.task, read_data(self.task, self.data_dir))
+
+    @cached_property
+    def asked(self) -> Asked:
+        return asked_of(self.task, self.split, self.data_dir)
+
+    @cached_property
+    def engine(self) -> Engine:
+        return self.load()
+
+    @cached_property
+    def templates(self) -> Templates:
+        return Templates(None)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        items = self.split.dataset.items.to_dict(as_series=False)
+        return self.templates.item_texts(items, self.split.log.item_ids).texts
+
+    @cached_property
+    def vectors(self) -> NDArray[np.float32]:
+        """Standardised LLM vectors of the items, (n_items, d)."""
+        layer = default_layer(self.engine.n_layers) if self.task.fit.layer is None else self.task.fit.layer
+        found = item_vectors(
+            self.engine,
+            self.texts,
+            layer=layer,
+            pooling=self.task.fit.pooling,
+            template_hash=self.templates.hash("item"),
+            progress=self.stages("embed items", len(self.texts)),
+        )
+        return standardise(found)
+
+    def key(self, name: str, seed: int, **more: Any) -> str:
+        """Of all that decides this system's result."""
+        model = self.engine.fingerprint if name in _NEED_VECTORS else None
+        text = self.templates.hash() if name in {*_NEED_VECTORS, "bm25"} else None
+        parts = {"task": self.task.hash, "data": self.split.dataset.content_hash, "version": __version__}
+        return key_of(**parts, system=name, seed=seed, model=model, templates=text, **more)
+
+    # -- one system --------------------------------------------------------------------------------
+
+    def finished(self, name: str, seed: int) -> Finished | None:
+        """The system's result: stored, or made now and stored; None where the task's time is up."""
+        seed = self.task.seeds[0] if name in _DETERMINISTIC else seed
+        key = self.key(name, seed)
+        found = self.store.load(name, seed, key)
+        if found is not None:
+            self.say(f"{name}, seed {seed}: stored")
+            return found
+        if not self._time_left(f"{name}, seed {seed}"):
+            return None
+        begun = time.perf_counter()
+        fitted = self._fit(name, seed)
+        ranked = self.asked.protocol(self.task, seed).rank(fitted.system, self.asked.targets, self.stages)
+        made = Finished(ranked, {"seed": seed, "fit": fitted.to_dict()})
+        self.store.save(name, seed, key, made)
+        self.say(f"{name}, seed {seed}: {time.perf_counter() - begun:.1f} s")
+        return made
+
+    def _time_left(self, what: str) -> bool:
+        if self.task.seconds is None or time.perf_counter() - self.begun < self.task.seconds:
+            return True
+        self.left_out.append(f"{what} was left out: the task's {self.task.seconds:g} s were spent")
+        self.say(self.left_out[-1])
+        return False
+
+    def _fit(self, name: str, seed: int) -> FittedSystem:
+        task = self.task
+        if name not in VARIANTS:
+            return fit_baselines(
+                self.split,
+                which=[_as_name(name)],
+                texts=self.texts if name == "bm25" else None,
+                vectors=self.vectors if name == "nearest" else None,
+                seed=seed,
+                budget=task.budget.of(),
+                seen=task.seen,
+                seen_last=task.seen_last,
+                stages=self.stages,
+            )[0]
+        text, ids = VARIANTS[name]
+        events = TrainingEvents.of(self.split)
+        valid = Validation.of(self.split, seed=seed, seen=task.seen, seen_last=task.seen_last)
+        own = task.fit.encoder.model_copy(update={"use_text": text, "use_ids": ids, "seed": seed})
+        vectors = self.vectors if text else None
+
+        def fit(config: EncoderConfig, left: float) -> System:
+            encoder, _ = train_encoder(
+                events.sequences(),
+                events.n_items,
+                vectors,
+                config,
+                lambda e: valid.ndcg(SASRec(e, e.item_matrix(), events.counts, name)),
+                max_seconds=left,
+            )
+            return SASRec(encoder, encoder.item_matrix(), events.counts, name)
+
+        # The default's learning rate and dropout, and the other ones that SASRec is tuned over.
+        configs = grid(own, dropout=(0.5, 0.3), learning_rate=(1e-3, 2e-3))
+        budget = task.budget.of()
+        done = self.stages(f"tune {name}", min(budget.trials, len(configs)))
+        return tune(name, configs, fit, valid, budget, seed=seed, done=done)
+
+    # -- one seed ----------------------------------------------------------------------------------
+
+    def report(self, seed: int) -> dict[str, Any]:
+        """The seed's whole table as a dict, the full model's LLM stage included; stored too."""
+        made = {name: self.finished(name, seed) for name in self.systems if name != FULL}
+        done = {name: one for name, one in made.items() if one is not None}
+        protocol = self.asked.protocol(self.task, seed)
+        full = FULL in self.systems and self._time_left(f"the full model, seed {seed}")
+        kind = FULL if full else "table"
+        key = self.key(kind, seed, systems=list(done), protocol=protocol.to_dict(), left_out=self.left_out)
+        stored = self.store.record(kind, seed, key)
+        if stored is not None:
+            self.say(f"report, seed {seed}: stored")
+            return stored["report"]
+        report = self._full(done, protocol, seed) if full else self._table(done, protocol)
+        report.settings["seed"] = seed
+        found = report.to_dict()
+        self.store.save_record(kind, seed, key, {"report": found})
+        return found
+
+    def _table(
+        self, done: dict[str, Finished], protocol: Protocol, model: Recommender | None = None, own: Ranked | None = None
+    ) -> Report:
+        ours = {name: one for name, one in done.items() if name in VARIANTS and not (own and name == BOTH)}
+        theirs = {name: one for name, one in done.items() if name not in VARIANTS}
+        ranked = [*([own] if own else []), *(one.ranked for one in [*reversed(ours.values()), *theirs.values()])]
+        report = tabulate(
+            self.split,
+            self.asked.targets,
+            protocol,
+            ranked,
+            [one.ranked.system for one in theirs.values()] if own or ours else [],
+            model=model,
+            vectors=self.vectors if model else None,
+            fit_seconds={one.ranked.system: one.record["fit"]["chosen"]["fit_seconds"] for one in done.values()},
+            n_examples=0,  # rows of the data are no part of a result
+            stages=self.stages,
+        )
+        report.trials.extend(
+            {
+                "system": one.ranked.system,
+                "config": trial["config"],
+                "valid_ndcg@10": trial["valid_ndcg"],
+                "seconds": trial["seconds"],
+            }
+            for one in done.values()
+            for trial in one.record["fit"]["trials"]
+        )
+        report.published.extend(one.model_dump(mode="json") for one in self.task.published)
+        report.notes.append(f"tuned on validation NDCG@10, each system {self.task.budget.of()}, ours too")
+        report.notes.extend(self.left_out)
+        return report
+
+    def _full(self, done: dict[str, Finished], protocol: Protocol, seed: int) -> Report:
+        fit = self.task.fit
+        encoder = fit.encoder.model_copy(update={"seed": seed})
+        if BOTH in done:
+            encoder = EncoderConfig.model_validate(done[BOTH].record["fit"]["chosen"]["config"])
+        with self._timed(f"full model, seed {seed}"):
+            model = Recommender.fit(
+                self.split,
+                self.engine,
+                fit.model_copy(update={"seed": seed, "encoder": encoder}),
+                stages=self.stages,
+            )
+            checked: LeakCheck = check_run(model, texts=100, seed=seed)
+            own = protocol.rank(own_systems(model)[0], self.asked.targets, self.stages)
+            report = self._table(done, protocol, model, own)
+        report.notes.append(checked.note())
+        report.seconds.update({f"fit: {name}": round(value, 2) for name, value in model.seconds.items()})
+        return report
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.say(f"{what}: {time.perf_counter() - begun:.1f} s")
+
+    # -- the whole ---------------------------------------------------------------------------------
+
+    def run(self, stamp: dict[str, Any] | None = None) -> dict[str, Any]:
+        """All seeds, and how far they lie apart. ``stamp`` (the commit, say) goes into the result as it is."""
+        runs = [self.report(seed) for seed in self.task.seeds]
+        for report in runs:
+            report["title"] = f"{self.name}: {self.task.about}"
+        return {
+            "task": self.name,
+            "version": self.task.version,
+            "about": self.task.about,
+            "data": self.split.dataset.content_hash,
+            "seeds": self.task.seeds,
+            **(stamp or {}),
+            "environment": environment(),
+            "seconds": round(time.perf_counter() - self.begun, 1),
+            "spread": spread(runs),
+            "runs": runs,
+        }
+
+
+def spread(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean, range and deviation over the seeds of every row that each of them has, differences left out."""
+    out = []
+    for row in runs[0]["rows"]:
+        same = [other for run in runs for other in run["rows"] if _row_key(other) == _row_key(row)]
+        if row["difference"] or len(same) != len(runs):
+            continue
+        metrics = {}
+        for name in row["metrics"]:
+            found = Spread.of([other["metrics"][name]["mean"] for other in same])
+            metrics[name] = {
+                "mean": found.mean,
+                "low": found.low,
+                "high": found.high,
+                "sd": found.sd if found.n > 1 else None,
+                "n": found.n,
+            }
+        out.append({"group": row["group"], "system": row["system"], "metrics": metrics})
+    return out
+
+
+def _row_key(row: dict[str, Any]) -> tuple[str, str]:
+    """A row's group and system, whatever the seed: the fusion's numbers and the sample's seed differ between them."""
+    return row["group"].partition(" (seed")[0], row["system"].partition(" (weight")[0]
+
+
+def _as_name(name: str) -> Name:
+    found: list[Name] = [one for one in NAMES if one == name]
+    return found[0]
+
+
+__all__ = ["BOTH", "FULL", "SYSTEMS", "VARIANTS", "Comparison", "spread"]

@@ -1,0 +1,134 @@
+"""The LLM's own stage: it reorders candidates, and every way of using its likelihoods is ranked from one pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penchant.data.history import Targets
+from penchant.evaluation.ranking import Ranked, Seen
+from penchant.rank import Fusion
+from penchant.recommend import Items, Recommender, Stages
+
+LIKELIHOOD = "llm likelihood"
+CALIBRATED = "llm likelihood - no-history likelihood"
+
+
+@dataclass(frozen=True, eq=False)
+class LLMStage:
+    """What the LLM made of n targets, and what it took.
+
+    ``ranked`` has the plain likelihood, the calibrated one, and the model's own fusion, in that order. ``choices``
+    (n,) is how many candidates each target stands among, 0 where it is none of them. ``seconds`` and ``tokens``
+    (None where the engine does not count) are of scoring the candidates; ``prior_seconds`` of the no-history
+    likelihoods, which are computed once for a catalogue.
+    """
+
+    ranked: list[Ranked]
+    choices: NDArray[np.int64]
+    seconds: float
+    tokens: int | None
+    prior_seconds: float
+
+    @property
+    def fused(self) -> Ranked:
+        return self.ranked[-1]
+
+
+def fused_name(fusion: Fusion) -> str:
+    """As the tables show the whole model."""
+    return f"llm+interest (weight {fusion.weight:g}, calibration {fusion.calibration:g})"
+
+
+def run_llm_stage(
+    model: Recommender,
+    targets: Targets,
+    encoder: Ranked,
+    *,
+    seen: Seen,
+    seen_last: int | None,
+    candidates: NDArray[np.integer] | None,
+    stages: Stages,
+) -> LLMStage:
+    """Let the LLM reorder the encoder's candidates (or those given) of targets with a history.
+
+    ``encoder`` is the encoder's ranking of the same targets: behind the candidates its order goes on.
+    """
+    histories = [targets.history(i) for i in range(len(targets))]
+    items, interest = _candidates(model, histories, seen, seen_last, candidates)
+    engine = model.engine
+    begun, counted = time.perf_counter(), _tokens(engine)
+    likelihood = model.ranker.likelihoods(histories, items, stages("LLM on test users", len(histories)))
+    seconds, after = time.perf_counter() - begun, _tokens(engine)
+    begun = time.perf_counter()
+    model.ranker.priors(np.unique(np.concatenate(items)), stages("LLM without history", 1))
+    prior_seconds = time.perf_counter() - begun
+    variants = {LIKELIHOOD: Fusion(1.0, 0.0), CALIBRATED: Fusion(1.0, 1.0), fused_name(model.fusion): model.fusion}
+    ranked = []
+    for name, fusion in variants.items():
+        scores = [
+            fusion.scores(e, lik, model.ranker.prior[row])
+            for e, lik, row in zip(interest, likelihood, items, strict=True)
+        ]
+        rank, top = _reordered(items, scores, targets.item, encoder, model.log.n_items, behind=candidates is None)
+        ranked.append(Ranked(name, rank, top, seconds))
+    choices = [len(row) if t in row else 0 for t, row in zip(targets.item, items, strict=True)]
+    tokens = None if counted is None or after is None else after - counted
+    return LLMStage(ranked, np.array(choices, dtype=np.int64), seconds, tokens, prior_seconds)
+
+
+def _candidates(
+    model: Recommender,
+    histories: Sequence[Items],
+    seen: Seen,
+    last: int | None,
+    given: NDArray[np.integer] | None,
+) -> tuple[list[Items], list[NDArray[np.float32]]]:
+    """Each target's candidates without repeats, and the encoder's scores of them."""
+    if given is None:
+        masked = [h[max(0, len(h) - last) :] if last is not None else h for h in histories]
+        if seen == "keep":
+            masked = [h[:0] for h in histories]
+        found, scores = model.retrieve(histories, model.config.candidates, seen=masked)
+        kept = [row >= 0 for row in found]
+        rows = [row[k] for row, k in zip(found, kept, strict=True)]
+        return rows, [s[k] for s, k in zip(scores, kept, strict=True)]
+    items = [np.unique(row[row >= 0]).astype(np.int32) for row in given]
+    interest = model.encoder.encode(histories)
+    return items, [model.index.vectors[row] @ vector for row, vector in zip(items, interest, strict=True)]
+
+
+def _reordered(
+    items: Sequence[Items],
+    scores: Sequence[NDArray[np.floating]],
+    target: NDArray[np.integer],
+    encoder: Ranked,
+    n_items: int,
+    *,
+    behind: bool,
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Ranks and top lists with the candidates in the order of their scores, and the encoder's own order after them."""
+    rank = np.full(len(items), n_items + 1, dtype=np.int64)
+    top = np.full_like(encoder.top, -1)
+    width = top.shape[1]
+    for i, (row, values) in enumerate(zip(items, scores, strict=True)):
+        at = np.flatnonzero(row == target[i])
+        if at.size:
+            rank[i] = (values >= values[at[0]]).sum()
+        elif behind:
+            rank[i] = max(int(encoder.rank[i]), len(row) + 1)
+        order = row[np.lexsort((row, -values))][:width]
+        rest = encoder.top[i][~np.isin(encoder.top[i], row)] if behind else order[:0]
+        best = np.concatenate([order, rest])[:width]
+        top[i, : len(best)] = best
+    return rank, top
+
+
+def _tokens(engine: object) -> int | None:
+    """Tokens that went through the model so far; None where the engine does not count them."""
+    found = getattr(engine, "tokens_run", None)
+    return found if isinstance(found, int) else None

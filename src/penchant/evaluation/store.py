@@ -1,0 +1,80 @@
+"""Finished systems on disk, so that a comparison that was cut off goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from penchant.errors import StorageError
+from penchant.evaluation.ranking import Ranked
+from penchant.files import read_json, sha256_text, staged_file, write_json
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """One system with one seed: its ranking of the test targets, and how it was fitted (plain JSON)."""
+
+    ranked: Ranked
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of one task's finished systems: `NAME-seedN.json` with the key, and `.npz` with the ranks.
+
+    What was stored under another key (another task, data, configuration or version) is as good as absent.
+    """
+
+    folder: Path
+
+    def load(self, name: str, seed: int, key: str) -> Finished | None:
+        """What is stored of that system, seed and key; None where it is absent, torn or of another key."""
+        record = self.record(name, seed, key)
+        path = self._path(name, seed).with_suffix(".npz")
+        if record is None or not path.is_file():
+            return None
+        try:
+            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
+                if str(arrays["key"]) != key:
+                    return None
+                ranked = Ranked(record["system"], arrays["rank"], arrays["top"], float(record["rank_seconds"]))
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile):
+            return None
+        return Finished(ranked, record)
+
+    def record(self, name: str, seed: int, key: str) -> dict[str, Any] | None:
+        """The JSON alone."""
+        path = self._path(name, seed)
+        if not path.is_file():
+            return None
+        try:
+            found = read_json(path)
+        except StorageError:
+            return None
+        return found if isinstance(found, dict) and found.get("key") == key else None
+
+    def save(self, name: str, seed: int, key: str, finished: Finished) -> None:
+        """Write both files, the JSON last: it says that the system is finished."""
+        path = self._path(name, seed)
+        ranked = finished.ranked
+        with staged_file(path.with_suffix(".npz")) as stage, stage.open("wb") as handle:
+            np.savez_compressed(handle, key=np.array(key), rank=ranked.rank, top=ranked.top)
+        self.save_record(name, seed, key, {"system": ranked.system, "rank_seconds": ranked.seconds, **finished.record})
+
+    def save_record(self, name: str, seed: int, key: str, record: dict[str, Any]) -> None:
+        """A result that is JSON alone."""
+        write_json(self._path(name, seed), {"key": key, **record})
+
+    def _path(self, name: str, seed: int) -> Path:
+        return self.folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
+
+
+def key_of(**parts: Any) -> str:
+    """Hex SHA-256 of what decides a result."""
+    return sha256_text(json.dumps(parts, sort_keys=True, default=str))

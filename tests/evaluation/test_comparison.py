@@ -1,0 +1,227 @@
+"""A task run by parts: what is finished is not made again, what changed is, and the result says what it was made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import toy_frames
+from tests.fake_engine import FakeEngine
+
+from penchant.errors import ConfigError
+from penchant.evaluation import comparison as module
+from penchant.evaluation.comparison import Comparison, spread
+from penchant.evaluation.ranking import Ranked
+from penchant.evaluation.store import Finished, Store, key_of
+from penchant.evaluation.tasks import Task
+
+SMALL = ["popularity", "item_knn", "encoder: ids"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    interactions, items = toy_frames()
+    (tmp_path / "toy").mkdir()
+    interactions.write_csv(tmp_path / "toy/events.csv")
+    items.write_csv(tmp_path / "toy/items.csv")
+    return tmp_path
+
+
+def task(**changes: Any) -> Task:
+    encoder = {"dim": 16, "blocks": 1, "max_length": 12, "epochs": 2, "batch_rows": 8, "learning_rate": 0.01}
+    fields = {
+        "version": 1,
+        "about": "a toy",
+        "data": {"kind": "tables", "folder": "toy", "interactions": "events.csv", "items": "items.csv"},
+        "split": {"kind": "leave-last-out"},
+        "fit": {"encoder": encoder, "candidates": 5, "validation_users": 5},
+        "llm_users": 8,
+        "budget": {"trials": 1, "seconds": 60},
+    }
+    return Task.model_validate(fields | changes)
+
+
+def comparison(data: Path, systems: list[str], made: Task | None = None) -> Comparison:
+    return Comparison("toy", made or task(), data / "results", FakeEngine, data, systems)
+
+
+class Counted:
+    """Which systems were fitted, and a crash after so many."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, crash_after: int | None = None) -> None:
+        self.names: list[str] = []
+        true_fit = Comparison._fit
+
+        def fit(this: Comparison, name: str, seed: int) -> Any:
+            if crash_after is not None and len(self.names) >= crash_after:
+                raise KeyboardInterrupt
+            self.names.append(f"{name} {seed}")
+            return true_fit(this, name, seed)
+
+        patch.setattr(Comparison, "_fit", fit)
+
+
+def fitted(data: Path, systems: list[str], made: Task | None = None, crash_after: int | None = None) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(patch, crash_after)
+        if crash_after is None:
+            comparison(data, systems, made).run()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                comparison(data, systems, made).run()
+    return counted.names
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(data: Path) -> None:
+    assert fitted(data, SMALL, crash_after=1) == ["popularity 0"]
+    assert fitted(data, SMALL) == ["item_knn 0", "encoder: ids 0"]
+    assert fitted(data, SMALL) == []
+    # More systems: only those are made.
+    assert fitted(data, [*SMALL, "ease"]) == ["ease 0"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"budget": {"trials": 2, "seconds": 60}},
+        {"seen_last": 3},
+        {"fit": {"encoder": {"dim": 8, "epochs": 1}}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_changed_task_is_run_anew(data: Path, change: dict[str, Any]) -> None:
+    assert fitted(data, ["popularity"]) == ["popularity 0"]
+    assert fitted(data, ["popularity"], task(**change)) == ["popularity 0"]
+
+
+def test_changed_data_or_version_are_run_anew(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted(data, ["popularity"])
+    events = data / "toy/events.csv"
+    events.write_text(events.read_text() + "u0,3,2000000\n")
+    assert fitted(data, ["popularity"]) == ["popularity 0"]
+    monkeypatch.setattr(module, "__version__", "9.9.9")
+    assert fitted(data, ["popularity"]) == ["popularity 0"]
+    # What is said about a task, its limits and other people's numbers change nothing.
+    same = task(about="other words", seconds=1e6, published=[])
+    assert fitted(data, ["popularity"], same) == []
+
+
+def test_a_torn_file_is_made_again(data: Path) -> None:
+    fitted(data, ["popularity"])
+    stored = data / "results/toy/popularity-seed0.npz"
+    stored.write_bytes(stored.read_bytes()[:50])
+    assert fitted(data, ["popularity"]) == ["popularity 0"]
+    (data / "results/toy/popularity-seed0.json").write_text("{")
+    assert fitted(data, ["popularity"]) == ["popularity 0"]
+
+
+def test_seeded_systems_are_made_for_every_seed_and_the_others_once(data: Path) -> None:
+    two = task(seeds=[3, 4])
+    assert fitted(data, SMALL, two) == ["popularity 3", "item_knn 3", "encoder: ids 3", "encoder: ids 4"]
+    result = comparison(data, SMALL, two).run()
+    assert [run["settings"]["seed"] for run in result["runs"]] == [3, 4]
+    rows = [next(r for r in run["rows"] if r["system"] == "encoder: ids") for run in result["runs"]]
+    (found,) = [row for row in result["spread"] if row["system"] == "encoder: ids"]
+    means = [row["metrics"]["NDCG@10"]["mean"] for row in rows]
+    assert found["metrics"]["NDCG@10"]["mean"] == pytest.approx(np.mean(means))
+    assert found["metrics"]["NDCG@10"]["sd"] == pytest.approx(np.std(means, ddof=1))
+    assert found["metrics"]["NDCG@10"]["n"] == 2
+    (flat,) = [row for row in result["spread"] if row["system"] == "popularity"]
+    assert flat["metrics"]["NDCG@10"]["sd"] == 0
+
+
+def test_the_result_says_what_it_was_made_of(data: Path) -> None:
+    systems = ["popularity", "nearest", "encoder: ids", "encoder: ids + text", "full"]
+    published = [{"system": "X", "source": "a paper", "protocol": "same", "metrics": {"NDCG@10": 0.1}}]
+    one = comparison(data, systems, task(published=published))
+    result = json.loads(json.dumps(one.run({"commit": "abc"}), allow_nan=False))
+    assert result["commit"] == "abc"
+    assert result["data"] == one.split.dataset.content_hash
+    assert result["environment"]["versions"]["numpy"] == np.__version__
+    (run,) = result["runs"]
+    every = [row["system"] for row in run["rows"] if row["group"].startswith("all 30")]
+    # The full model's encoder stands for the variant with ids and text, of the same configuration.
+    assert every == ["encoder", "encoder: ids", "popularity", "newest items (LLM vectors)"]
+    assert run["settings"]["config"]["encoder"]["use_text"]
+    assert {"llm likelihood", "the candidates in random order (expected)"} <= {row["system"] for row in run["rows"]}
+    assert {trial["system"] for trial in run["trials"]} == {
+        "popularity", "newest items (LLM vectors)", "encoder: ids", "encoder: ids + text",
+    }  # fmt: skip
+    assert all(0 <= trial["valid_ndcg@10"] <= 1 for trial in run["trials"])
+    assert run["published"] == published
+    assert run["examples"] == []  # rows of the data are no part of a result
+    notes = "\n".join(run["notes"])
+    assert "leak check: " in notes
+    assert "at most 1 configurations" in notes
+    assert "leave-last-out: whatever is trained on all users has seen" in notes
+    ours = [row for row in run["rows"] if row["difference"]]
+    assert {row["system"].partition(" minus ")[0] for row in ours} == {"encoder", "llm+interest"}
+    assert all(row["p"] is not None for row in ours)
+    costs = {cost["system"]: cost for cost in run["costs"]}
+    assert costs["popularity"]["fit_seconds"] is not None
+    # The whole report, LLM stage included, is not made again either.
+    again = comparison(data, systems, task(published=published))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.Recommender, "fit", lambda *a, **b: pytest.fail("it was fitted again"))
+        assert again.run({"commit": "abc"})["runs"] == result["runs"]
+
+
+def test_the_limit_of_time_leaves_systems_out_and_says_so(data: Path) -> None:
+    said: list[str] = []
+    quick = comparison(data, SMALL, task(seconds=1e-9))
+    fitted(data, ["popularity"])
+    quick.say = said.append
+    result = quick.run()
+    (run,) = result["runs"]
+    assert {row["system"] for row in run["rows"]} == {"popularity"}  # it was there already
+    assert any("item_knn, seed 0 was left out" in note for note in run["notes"])
+    assert any("encoder: ids, seed 0 was left out" in line for line in said)
+
+
+def test_wrong_systems_are_refused(data: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown system 'magic'"):
+        comparison(data, ["popularity", "magic"])
+
+
+def test_a_store_gives_back_what_it_was_given_and_nothing_of_another_key(tmp_path: Path) -> None:
+    store = Store(tmp_path / "x")
+    ranked = Ranked("encoder: ids", np.array([1, 9]), np.array([[1, 2], [3, -1]], np.int32), 1.5)
+    store.save("encoder: ids", 0, "k", Finished(ranked, {"fit": {"a": 1}}))
+    found = store.load("encoder: ids", 0, "k")
+    assert found is not None
+    assert found.ranked.system == "encoder: ids"
+    assert found.ranked.seconds == 1.5
+    assert found.ranked.rank.tolist() == [1, 9]
+    assert found.ranked.top.tolist() == [[1, 2], [3, -1]]
+    assert found.record["fit"] == {"a": 1}
+    assert store.load("encoder: ids", 0, "other") is None
+    assert store.load("encoder: ids", 1, "k") is None
+    assert key_of(a=1, b=[2]) == key_of(b=[2], a=1) != key_of(a=1, b=[3])
+
+
+def test_spread_leaves_out_what_not_every_seed_has() -> None:
+    def run(*rows: tuple[str, str, float]) -> dict[str, Any]:
+        made = [
+            {"group": g, "system": s, "difference": s.startswith("d"), "metrics": {"M": {"mean": m}}}
+            for g, s, m in rows
+        ]
+        return {"rows": made}
+
+    first = run(("same 8 of them (seed 0) x", "llm+interest (weight 0.1)", 1.0), ("g", "only", 2.0), ("g", "d", 1.0))
+    second = run(("same 8 of them (seed 1) x", "llm+interest (weight 0.4)", 3.0), ("g", "d", 1.0))
+    (row,) = spread([first, second])
+    assert (row["metrics"]["M"]["mean"], row["metrics"]["M"]["low"], row["metrics"]["M"]["high"]) == (2.0, 1.0, 3.0)
