@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,18 @@ from numpy.typing import NDArray
 from penchant.engine.transformers import TransformersEngine
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.prompt import Templates
-from penchant.rank import CALIBRATIONS, WEIGHTS, Fusion, Ranker, choose_fusion, label_logprobs, zscore
+from penchant.rank import (
+    CALIBRATIONS,
+    WEIGHTS,
+    Fusion,
+    Ranker,
+    choose_fusion,
+    label_logprobs,
+    label_tokens,
+    letters,
+    zscore,
+)
+from penchant.resources import shipped
 from penchant.tokens import Prompt, Segment
 from tests.fake_engine import FakeEngine
 from tests.tiny import TITLES
@@ -348,3 +360,69 @@ def test_labels_are_scored_as_the_next_token_and_calibrated_by_the_prior(byte_en
 def test_a_label_of_several_tokens_is_refused(byte_engine: TransformersEngine) -> None:
     with pytest.raises(ConfigError, match="'Perhaps' has"):
         label_logprobs(byte_engine, [], ["A", "Perhaps"])
+
+
+# -- letters and yes or no -----------------------------------------------------------------------
+
+
+def questioner(engine: Any, question: Any, tmp_path: Path) -> Ranker:
+    """A ranker whose yes/no labels are single tokens of the tiny tokenizer."""
+    text = (shipped("prompts") / "yes_no.jinja").read_text(encoding="utf-8")
+    (tmp_path / "yes_no.jinja").write_text(text.replace('["Yes", "No"]', '["A", "B"]'), encoding="utf-8")
+    return Ranker(engine, Templates(tmp_path), TITLES, max_history=5, prompt_tokens=400, question=question)
+
+
+def test_letters_do_not_depend_on_the_order_candidates_come_in(fake_engine: FakeEngine, tmp_path: Path) -> None:
+    ranker = questioner(fake_engine, "choose", tmp_path)
+    history, row = items([1, 2, 3])[0], np.array([4, 9, 0, 7, 12], dtype=np.int32)
+    one = ranker.scores([history], [row])[0]
+    other = ranker.scores([history], [row[::-1]])[0]
+    assert one.tolist() == other[::-1].tolist()
+    assert np.exp(one).sum() == pytest.approx(1)
+
+
+def test_letters_are_those_that_stand_before_the_titles_in_the_prompt(fake_engine: FakeEngine, tmp_path: Path) -> None:
+    ranker = questioner(fake_engine, "choose", tmp_path)
+    seen: list[str] = []
+    answered: list[Any] = []
+
+    def score(prompts: Any, continuations: Any, *, progress: Any = None) -> Any:
+        seen.extend(p.text for p in prompts)
+        answered.extend(continuations)
+        # The model always answers C.
+        return [np.array([0.0 if i == 2 else -9.0 for i in range(len(c))]) for c in continuations]
+
+    fake_engine.score = score  # type: ignore[method-assign]
+    histories, rows = items([1], [2, 3]), items([5, 6, 7, 8], [9, 10, 11])
+    for scores, row, prompt in zip(ranker.scores(histories, rows), rows, seen, strict=True):
+        chosen = next(line for line in prompt.splitlines() if line.startswith("C. ")).removeprefix("C. ")
+        assert TITLES[row[int(np.argmax(scores))]] == chosen
+
+
+def test_more_candidates_than_letters_are_refused() -> None:
+    assert letters(52)[-1] == "z"
+    with pytest.raises(ConfigError, match="at most 52"):
+        letters(53)
+
+
+def test_yes_and_no_are_the_odds_of_the_two_labels(byte_engine: TransformersEngine, tmp_path: Path) -> None:
+    ranker = questioner(byte_engine, "yes_no", tmp_path)
+    history, row = items([1, 2])[0], items([5, 0, 9])[0]
+    got = ranker.scores([history], [row])[0]
+    yes, no = (byte_engine.codec.encode_template(label) for label in "AB")
+    for item, odds in zip(row, got, strict=True):
+        given = {"history": [{"text": TITLES[i]} for i in history], "item": {"text": TITLES[item]}}
+        prompt = Templates().render("yes_no", given).prompt
+        p = byte_engine.score([prompt], [[yes, no]])[0]
+        assert odds == pytest.approx(p[0] - p[1], abs=1e-4)
+
+
+def test_nothing_is_taken_out_of_letters_or_answers(fake_engine: FakeEngine, tmp_path: Path) -> None:
+    ranker = questioner(fake_engine, "choose", tmp_path)
+    assert ranker.priors(np.array([3, 4])).tolist() == [0, 0]
+    assert fake_engine.scored == 0
+
+
+def test_two_labels_of_one_token_are_refused(fake_engine: FakeEngine) -> None:
+    with pytest.raises(ConfigError, match="same token"):
+        label_tokens(fake_engine.codec, ["A", "A"])

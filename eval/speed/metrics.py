@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -89,7 +90,7 @@ def _peak() -> float:
 
 
 def main(
-    out: Annotated[str, typer.Option(help="The JSON file to write.")] = "",
+    out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
     users: Annotated[int, typer.Option(help="Users.")] = 1_000_000,
     length: Annotated[int, typer.Option(help="Places of each list.")] = 100,
     relevant: Annotated[int, typer.Option(help="Relevant items of each user, where there are several.")] = 10,
@@ -106,10 +107,8 @@ def main(
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
         found[kind] = json.loads(lines[-1])
         print(kind, found[kind])
-    if out:
-        from pathlib import Path
-
-        write_json(Path(out), found | {"environment": environment()})
+    if out is not None:
+        write_json(out, found | {"environment": environment()})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import numpy as np
 
 from penchant.catalog_trie import CatalogTrie
 from penchant.data.split import Split
-from penchant.interest.train import train_encoder, windows
+from penchant.interest.softmax import logits_held
+from penchant.interest.train import batch_size, train_encoder, windows
 from penchant.prompt import Templates
 from penchant.rank import Ranker
 from penchant.recommend import training_sequences
@@ -87,12 +88,13 @@ def estimate_fit(
     sequences = training_sequences(split)
     rows = [w for s in sequences for w in windows(s, config.encoder.max_length)]
     targets = sum(len(w) - 1 for w in rows)
-    sample = min(_SAMPLE_STEPS * config.encoder.batch_rows, len(rows))
+    size = batch_size(rows, config.encoder)
+    sample = min(_SAMPLE_STEPS * size, len(rows))
     few = [rows[i] for i in rng.choice(len(rows), size=sample, replace=False)]
     width = sizes["hidden"]
     text = rng.standard_normal((len(texts), width)).astype(np.float32) if config.encoder.use_text else None
-    short = config.encoder.model_copy(update={"epochs": 1})
-    train_encoder(few[: config.encoder.batch_rows], len(texts), text, short, lambda encoder: 0.0)
+    short = config.encoder.model_copy(update={"epochs": 1, "batch_rows": size})
+    train_encoder(few[:size], len(texts), text, short, lambda encoder: 0.0)
     begun = time.perf_counter()
     train_encoder(few, len(texts), text, short, lambda encoder: 0.0)
     train_rate = sum(len(w) - 1 for w in few) / (time.perf_counter() - begun)
@@ -108,12 +110,11 @@ def estimate_fit(
         Cost("LLM without history, at most", prior, "tokens", prior / score_rate),
     ]
     mib = 2**20
-    logits = config.encoder.batch_rows * min(config.encoder.max_length, int(max(len(w) for w in rows))) * len(texts)
     memory = {
         "model weights": sizes["bytes"] / mib,
         "one forward: logits and states": (256 * sizes["vocabulary"] * 8 + 4096 * sizes["hidden"] * 40) / mib,
         "item vectors": 2 * len(texts) * width * 4 / mib,
-        "encoder training: logits and gradients": 3 * logits * 4 / mib,
+        "encoder training: logits and gradients": (3 * logits_held(len(texts)) + 6 * len(texts) * width) * 4 / mib,
         "interactions": float(split.dataset.interactions.estimated_size("mb")) * 2,
     }
     return FitEstimate(costs, {name: round(value, 1) for name, value in memory.items()})

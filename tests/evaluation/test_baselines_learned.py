@@ -24,7 +24,7 @@ from penchant.evaluation.baselines.sasrec import fit_sasrec
 from penchant.evaluation.baselines.tune import Validation
 from penchant.evaluation.systems import Queries, System
 from penchant.interest.encoder import EncoderConfig
-from penchant.interest.mult_vae import MultVAE, MultVAEConfig, train_mult_vae
+from penchant.interest.mult_vae import MultVAE, MultVAEConfig, kl_weight, train_mult_vae
 from penchant.prompt import Templates
 from penchant.rank import Ranker
 
@@ -198,6 +198,34 @@ def test_mult_vae_leaves_the_callers_randomness_alone() -> None:
     torch.manual_seed(5)
     train_mult_vae([np.array([0, 1])], 3, MultVAEConfig(hidden=2, latent=2, epochs=2), lambda model: 0.0)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_mult_vae_is_its_seeds_whatever_was_drawn_before() -> None:
+    histories = [np.array([0, 1, 2]), np.array([2, 3])]
+
+    def trained(seed: int, drawn_before: int) -> np.ndarray:
+        torch.manual_seed(drawn_before)
+        config = MultVAEConfig(hidden=4, latent=2, epochs=2, seed=seed)
+        return train_mult_vae(histories, 4, config, lambda model: 0.0)[0].logits(histories)
+
+    np.testing.assert_array_equal(trained(1, 0), trained(1, 5))
+    assert not np.array_equal(trained(1, 0), trained(2, 0))
+
+
+def test_mult_vae_anneals_the_kl_term_to_beta_and_no_further() -> None:
+    config = MultVAEConfig(beta=0.2, anneal=0.5)
+    assert [kl_weight(step, 8, config) for step in range(1, 9)] == pytest.approx([0.05, 0.1, 0.15] + [0.2] * 5)
+    assert kl_weight(1, 8, MultVAEConfig(beta=0.2, anneal=0.0)) == 0.2
+
+    def kl(beta: float) -> float:
+        """After training, of one bag: the heavier its term, the nearer the codes to the prior."""
+        shape = {"hidden": 8, "latent": 4, "dropout": 0.0, "epochs": 60, "patience": 60, "learning_rate": 0.05}
+        epochs = count()
+        config = MultVAEConfig(beta=beta, **shape)
+        model, _ = train_mult_vae([np.array([0, 1]), np.array([2, 3])], 4, config, lambda model: float(next(epochs)))
+        return float(model([torch.tensor([0, 1])])[1].detach()[0])
+
+    assert kl(1.0) < 0.5 * kl(0.0)
 
 
 def test_mult_vae_hides_items_from_its_encoder_in_training() -> None:

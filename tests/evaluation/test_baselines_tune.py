@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,15 @@ from tests.fake_engine import FakeEngine
 from penchant.data.history import Targets
 from penchant.data.split import Split
 from penchant.errors import ConfigError
-from penchant.evaluation.baselines import Budget, Grids, Name, Validation, fit_baselines
+from penchant.evaluation.baselines import Baselines, Budget, Grids, Name, Validation, fit_baselines
 from penchant.evaluation.baselines import fit as module
 from penchant.evaluation.baselines import tune as tune_module
-from penchant.evaluation.baselines.factors import BPRConfig
+from penchant.evaluation.baselines.bm25 import BM25Config
+from penchant.evaluation.baselines.ease import EASEConfig
+from penchant.evaluation.baselines.factors import ALSConfig, BPRConfig
+from penchant.evaluation.baselines.item_knn import ItemKNNConfig
 from penchant.evaluation.baselines.mult_vae import MultVAESystemConfig
+from penchant.evaluation.baselines.nearest import NearestConfig
 from penchant.evaluation.baselines.tune import grid, tune, within
 from penchant.evaluation.systems import Queries
 from penchant.interest.encoder import EncoderConfig
@@ -286,3 +291,24 @@ def test_no_grid_outgrows_the_default_budget_or_says_one_thing_twice() -> None:
     for name, configs in vars(Grids()).items():
         assert 2 <= len(configs) <= Budget().trials, name
         assert len({c.model_dump_json() for c in configs}) == len(configs)
+
+
+def test_a_fit_asked_with_another_last_is_as_one_fitted_so(split: Split) -> None:
+    every: list[Name] = ["bm25", "nearest", "item_knn", "ease", "als"]
+    kinds = {
+        "bm25": BM25Config,
+        "nearest": NearestConfig,
+        "item_knn": ItemKNNConfig,
+        "ease": EASEConfig,
+        "als": partial(ALSConfig, factors=8, regularization=1.0),
+    }
+
+    words = [f"a{i % 5} b{i % 3} c{i % 7}" for i in range(split.log.n_items)]
+
+    def fitted(*lasts: int) -> Baselines:
+        grids = Grids(**{name: [kind(last=last) for last in lasts] for name, kind in kinds.items()})
+        return fit_baselines(split, which=every, texts=words, vectors=vectors(split), grids=grids)
+
+    for both, one, two in zip(fitted(1, 6), fitted(1), fitted(6), strict=True):
+        assert [t.valid_ndcg for t in both.trials] == [one.chosen.valid_ndcg, two.chosen.valid_ndcg]
+        assert one.chosen.valid_ndcg != two.chosen.valid_ndcg, both.name

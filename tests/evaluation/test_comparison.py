@@ -158,9 +158,8 @@ def test_the_result_says_what_it_was_made_of(data: Path) -> None:
     assert every == ["encoder", "encoder: ids", "popularity", "newest items (LLM vectors)"]
     assert run["settings"]["config"]["encoder"]["use_text"]
     assert {"llm likelihood", "the candidates in random order (expected)"} <= {row["system"] for row in run["rows"]}
-    assert {trial["system"] for trial in run["trials"]} == {
-        "popularity", "newest items (LLM vectors)", "encoder: ids", "encoder: ids + text",
-    }  # fmt: skip
+    tuned = {"popularity", "newest items (LLM vectors)", "encoder: ids"}
+    assert {trial["system"] for trial in run["trials"]} == tuned  # one trial: nothing to choose for the full model
     assert all(0 <= trial["valid_ndcg@10"] <= 1 for trial in run["trials"])
     assert run["published"] == published
     assert run["examples"] == []  # rows of the data are no part of a result
@@ -178,6 +177,16 @@ def test_the_result_says_what_it_was_made_of(data: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.Recommender, "fit", lambda *a, **b: pytest.fail("it was fitted again"))
         assert again.run({"commit": "abc"})["runs"] == result["runs"]
+
+
+def test_the_full_model_takes_the_configuration_that_validation_chose(data: Path) -> None:
+    made = task(budget={"trials": 2, "seconds": 60})
+    one = comparison(data, ["encoder: ids + text", "full"], made)
+    (run,) = one.run()["runs"]
+    trials = [trial for trial in run["trials"] if trial["system"] == "encoder: ids + text"]
+    assert len(trials) == 2
+    best = max(trials, key=lambda trial: trial["valid_ndcg@10"])["config"]
+    assert run["settings"]["config"]["encoder"] == best
 
 
 def test_the_limit_of_time_leaves_systems_out_and_says_so(data: Path) -> None:

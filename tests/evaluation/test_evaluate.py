@@ -258,6 +258,23 @@ def test_ties_count_against_every_system(model: Recommender) -> None:
     assert evaluate(flat, k=8, llm_users=0).find("encoder").metrics["Recall@8"].mean == 1
 
 
+class Flat(FakeEngine):
+    """Finds every item equally likely."""
+
+    def score(self, prompts: Any, continuations: Any, **more: Any) -> Any:
+        return [np.zeros(len(c)) for c in continuations]
+
+
+def test_ties_of_the_llm_count_against_it(model: Recommender) -> None:
+    """A likelihood that tells nothing puts the target last of its candidates, however good retrieval was."""
+    flat = dataclasses.replace(model, prior=None)
+    flat.use_engine(Flat())
+    report = evaluate(flat, k=CANDIDATES - 1, llm_users=1_000)
+    assert report.find("llm likelihood").metrics[f"Recall@{CANDIDATES - 1}"].mean == 0
+    among = evaluate(flat, k=CANDIDATES, llm_users=1_000)
+    assert among.find("llm likelihood").metrics[f"Recall@{CANDIDATES}"].mean > 0.5
+
+
 def test_blocks_of_targets_change_nothing(model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     before = evaluate(model, k=3, llm_users=0).rows
     for block in (1, 16 * 7):

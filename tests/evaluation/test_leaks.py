@@ -122,6 +122,33 @@ def test_a_training_row_may_not_stand_after_its_users_held_out_event(split: Spli
         check_rows(leaky, [row(0, [0], [8])], "train")
 
 
+def test_validation_may_not_see_a_test_event(split: Split) -> None:
+    # Cut the wrong way round: each user's test target stands before the validation target.
+    turned = dataclasses.replace(split, valid=split.test, test=split.valid)
+    check_rows(turned, [row(0, [0, 1], [8])], "valid")
+    with pytest.raises(DataError, match="a test event among its inputs"):
+        check_rows(turned, [row(0, [0, 7], [8])], "valid")
+
+
+def test_an_event_of_the_held_out_windows_that_is_no_target_is_not_for_training_either(whole: Split) -> None:
+    first = dataclasses.replace(
+        whole, valid=whole.valid.take(np.arange(0, len(whole.valid), 50)), test=whole.test.take(np.array([0]))
+    )
+    lost = int(whole.valid.position[1])
+    with pytest.raises(DataError, match="not for training among its targets"):
+        check_rows(first, [row(int(whole.log.user[lost]), [], [lost])], "train")
+
+
+def test_an_event_of_a_user_whom_the_log_does_not_know_is_nobodys(split: Split) -> None:
+    renamed = split.dataset.interactions.with_columns(
+        pl.when(pl.int_range(pl.len()) < 2).then(pl.lit("who")).otherwise(pl.col("user_id")).alias("user_id")
+    )
+    lying = dataclasses.replace(split, dataset=Dataset(renamed, split.dataset.items))
+    for user in (-1, 0):
+        with pytest.raises(DataError, match="another user's event"):
+            check_rows(lying, [row(user, [0], [1])], "train")
+
+
 def test_a_mask_that_says_a_held_out_event_is_for_training_is_not_believed(split: Split) -> None:
     leaky = dataclasses.replace(split, train=np.ones_like(split.train))
     with pytest.raises(DataError, match="a held-out event among its targets"):

@@ -193,7 +193,9 @@ class Comparison:
 
     def report(self, seed: int) -> dict[str, Any]:
         """The seed's whole table as a dict, the full model's LLM stage included; stored too."""
-        made = {name: self.finished(name, seed) for name in self.systems if name != FULL}
+        # With one trial the variant of the full model has nothing to choose: the full model's encoder is that variant.
+        same = {FULL, BOTH} if FULL in self.systems and self.task.budget.trials == 1 else {FULL}
+        made = {name: self.finished(name, seed) for name in self.systems if name not in same}
         done = {name: one for name, one in made.items() if one is not None}
         protocol = self.asked.protocol(self.task, seed)
         full = FULL in self.systems and self._time_left(f"the full model, seed {seed}")

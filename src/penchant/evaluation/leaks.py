@@ -355,7 +355,7 @@ def check_contents(prompts: Sequence[Prompt | str], answers: Sequence[str], hist
     """
     for number, (prompt, answer, history) in enumerate(zip(prompts, answers, histories, strict=True)):
         text = prompt if isinstance(prompt, str) else "\n".join(s.text for s in prompt.segments if s.is_data)
-        if not answer or answer not in text or answer in history:
+        if not answer or answer not in text:
             continue
         # Only names that hold the answer may explain it; blanking a shorter one would tear the answer apart.
         for known in sorted((h for h in history if answer in h), key=len, reverse=True):

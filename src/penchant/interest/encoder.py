@@ -37,7 +37,9 @@ class EncoderConfig(BaseModel):
     use_ids: bool = Field(default=True, description="an ID embedding for each item")
     epochs: int = Field(default=40, ge=1, description="most epochs; training stops earlier by patience")
     patience: int = Field(default=6, ge=1, description="epochs without a better validation NDCG@10 before it stops")
-    batch_rows: int = Field(default=32, ge=1, description="histories in a training step")
+    batch_rows: int | None = Field(
+        default=None, ge=1, description="histories in a training step; None: as many as hold about 2,000 events"
+    )
     learning_rate: float = Field(default=2e-3, gt=0, description="AdamW's peak, after warm-up, before cosine decay")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW")
     softmax_dtype: Literal["float32", "bfloat16"] = Field(

@@ -118,7 +118,7 @@ def _train(
     model = MultVAE(config, n_items)
     optimiser = torch.optim.Adam(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     rng = np.random.default_rng(config.seed)
-    annealing = config.anneal * config.epochs * math.ceil(len(bags) / config.batch_users)
+    steps = config.epochs * math.ceil(len(bags) / config.batch_users)
     log: list[dict[str, float]] = []
     best, best_epoch, kept, step = -math.inf, 0, {}, 0
     begun = time.perf_counter()
@@ -129,8 +129,7 @@ def _train(
         for start in range(0, len(bags), config.batch_users):
             batch = [bags[i] for i in order[start : start + config.batch_users]]
             step += 1
-            beta = config.beta * (min(1.0, step / annealing) if annealing else 1.0)
-            loss = _loss(model, batch, beta)
+            loss = _loss(model, batch, kl_weight(step, steps, config))
             if not torch.isfinite(loss):
                 raise ModelError(
                     f"the loss is {float(loss.detach())} in epoch {epoch}",
@@ -151,6 +150,12 @@ def _train(
             break
     model.load_state_dict(kept)
     return model.eval(), log
+
+
+def kl_weight(step: int, steps: int, config: MultVAEConfig) -> float:
+    """Weight of the KL term in step 1, 2, ... of the planned steps: a straight line up to beta, and beta from there."""
+    annealing = config.anneal * steps
+    return config.beta * min(1.0, step / annealing) if annealing else config.beta
 
 
 def _loss(model: MultVAE, bags: list[torch.Tensor], beta: float) -> torch.Tensor:

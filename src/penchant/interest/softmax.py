@@ -10,6 +10,11 @@ import torch
 _HELD = 1_000_000
 
 
+def logits_held(n_items: int) -> int:
+    """Logits that stand in memory at once."""
+    return max(16, _HELD // n_items) * n_items
+
+
 class _FullSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -23,7 +28,7 @@ class _FullSoftmax(torch.autograd.Function):
         summed = torch.zeros((), dtype=torch.float32, device=states.device)
         slope_states, slope_items = torch.empty_like(states), torch.zeros_like(items)
         factor_states, factor_items = states.to(dtype), items.to(dtype)
-        rows = max(16, _HELD // len(items))
+        rows = logits_held(len(items)) // len(items)
         for a in range(0, len(states), rows):
             part = slice(a, a + rows)
             chance = (factor_states[part] @ factor_items.T).float()

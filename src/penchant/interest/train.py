@@ -18,6 +18,9 @@ from penchant.errors import ConfigError, DataError, ModelError
 from penchant.interest.encoder import EncoderConfig, InterestEncoder, pad
 from penchant.interest.softmax import full_softmax_loss
 
+# Events in a training step where the configuration does not say how many rows.
+_BATCH_EVENTS = 2_048
+
 EpochDone = Callable[[int, float, float], None]  # epoch from 1, training loss in nats, validation NDCG@10
 
 
@@ -34,6 +37,13 @@ def windows(sequence: NDArray[np.integer], length: int) -> list[NDArray[np.integ
         out.append(sequence[start:end])
         end = start + 1
     return out
+
+
+def batch_size(rows: Sequence[NDArray[np.integer]], config: EncoderConfig) -> int:
+    """Rows in a training step: few long histories or many short ones hold as many targets."""
+    if config.batch_rows is not None:
+        return config.batch_rows
+    return int(np.clip(_BATCH_EVENTS / np.mean([len(row) for row in rows]), 8, 512))
 
 
 def train_encoder(
@@ -81,7 +91,8 @@ def _train(
     dtype = getattr(torch, config.softmax_dtype)
     model = InterestEncoder(config, n_items, text if config.use_text else None)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    steps = math.ceil(len(rows) / config.batch_rows)
+    size = batch_size(rows, config)
+    steps = math.ceil(len(rows) / size)
     total, warm = steps * config.epochs, max(1, steps // 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda s: min(1.0, (s + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, s / total)))
@@ -92,7 +103,7 @@ def _train(
     for epoch in range(1, config.epochs + 1):
         model.train()
         summed, targets = 0.0, 0
-        for batch in _batches(rows, config.batch_rows, rng):
+        for batch in _batches(rows, size, rng):
             ids, length = pad(batch)
             items = model.items()
             states = model(ids[:, :-1], items)

@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from penchant.adapter_card import CARD, read_card
-from penchant.engine.loading import DType, load_engine, resolve_model
-from penchant.errors import ModelError, StorageError
+from penchant.engine.loading import DType, fingerprint_of, load_engine, resolve_model
+from penchant.errors import ConfigError, ModelError, StorageError
 from penchant.files import read_json, staged_folder, write_json
 
 # What the scores are compared on: prompts and continuations of many kinds, one token and more.
@@ -39,8 +39,11 @@ def merge(adapter: Path, out: Path, *, base: str | None = None, dtype: DType = "
     """
     if out.exists():
         raise StorageError("stands there already", where=str(out), remedy="give a new folder (--out)")
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise ConfigError(f"unknown dtype {dtype!r}", where="merge", remedy="use bfloat16, float16 or float32")
     name = base or _base(adapter)
     folder = resolve_model(name)
+    _require_own_base(adapter, folder)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
@@ -74,6 +77,17 @@ def _base(adapter: Path) -> str:
     if not found:
         raise ModelError("names no base model", where=str(adapter), remedy="give --base")
     return str(found)
+
+
+def _require_own_base(adapter: Path, folder: Path) -> None:
+    """An adapter fits any model of its shapes; our card knows which one it was trained on."""
+    trained_on = (read_card(adapter) or {}).get("base")
+    if trained_on is not None and trained_on != fingerprint_of(folder):
+        raise ModelError(
+            f"was trained on another model than {folder}: its files differ",
+            where=str(adapter),
+            remedy="give its own base model (--base)",
+        )
 
 
 def _moved(base: str, adapter: Path, merged: Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -107,9 +107,9 @@ def load_student(config: TrainConfig) -> Student:
     if config.quantization == "none":
         model = model.to(device)
     else:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model.get_input_embeddings().to(dtype)
-        model.get_output_embeddings().to(dtype)
+        # Not peft's prepare_model_for_kbit_training: its float32 norms would meet a head in bfloat16.
+        model.requires_grad_(False)
+        _keep_backward(model)
     _check_head(model)
     if config.gradient_checkpointing:
         _recompute(model)
@@ -188,6 +188,16 @@ def _check_head(model: Any) -> None:
             where=type(model).__name__,
             remedy="use a model whose logits are one matrix times its last state (Llama, Qwen, Mistral, SmolLM, ...)",
         )
+
+
+def _keep_backward(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference, as it does for good at a CPU's first eval forward.
+
+    What is packed so has no backward pass: later steps would train the last layers alone, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _require_bitsandbytes() -> None:

@@ -32,9 +32,9 @@ class Grids:
     )
     bm25: Sequence[BM25Config] = tuple(grid(BM25Config(), b=(0.75, 0.3), last=(1, 3, 10, None)))
     nearest: Sequence[NearestConfig] = tuple(grid(NearestConfig(), last=(1, 2, 3, 5, 10, 20, 50, None)))
-    item_knn: Sequence[ItemKNNConfig] = tuple(grid(ItemKNNConfig(), shrinkage=(10.0, 0.0), last=(None, 10, 3, 1)))
-    ease: Sequence[EASEConfig] = tuple(grid(EASEConfig(), ridge=(500.0, 100.0, 2000.0), last=(None, 3)))
-    als: Sequence[ALSConfig] = tuple(grid(ALSConfig(), alpha=(10.0, 40.0), factors=(128, 64), last=(None, 5)))
+    item_knn: Sequence[ItemKNNConfig] = tuple(grid(ItemKNNConfig(last=3), shrinkage=(10.0, 0.0), last=(3, 1, 10, None)))
+    ease: Sequence[EASEConfig] = tuple(grid(EASEConfig(last=3), ridge=(500.0, 100.0, 2000.0), last=(3, None)))
+    als: Sequence[ALSConfig] = tuple(grid(ALSConfig(last=5), alpha=(10.0, 40.0), factors=(128, 64), last=(5, None)))
     bpr: Sequence[BPRConfig] = tuple(
         grid(BPRConfig(), learning_rate=(0.05, 0.02), regularization=(0.03, 0.01), factors=(64, 16))
     )

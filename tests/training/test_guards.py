@@ -1,0 +1,300 @@
+"""Nothing succeeds silently: each guard fires."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from tests.training.helpers import losses_of, settings, steps_of
+
+from penchant.adapter_card import check_templates, read_card
+from penchant.data.dataset import Dataset
+from penchant.data.split import leave_last_out
+from penchant.engine.loading import load_engine
+from penchant.errors import ConfigError, DataError, ModelError
+from penchant.prompt import Templates
+from penchant.recommend import Recommender
+from penchant.resources import shipped
+from penchant.run_folder import FitConfig
+from penchant.training import recipes
+from penchant.training.checkpoints import checkpoints, load_checkpoint
+from penchant.training.config import ChooseConfig, NextItemConfig, PreferenceConfig
+from penchant.training.recipes import Recipe, finetune
+from penchant.training.student import Student, load_student
+
+# -- adapters that say nothing, or something else --------------------------------------------------
+
+
+def test_an_adapter_that_changes_no_logit_is_refused_where_it_is_loaded(byte_folder: Path, tmp_path: Path) -> None:
+    load_student(settings(byte_folder)).save(tmp_path / "new")  # as it begins: B is zero
+    with pytest.raises(ModelError, match="changes no logit"):
+        load_engine(byte_folder, tmp_path / "new", dtype="float32", device="cpu")
+
+
+def test_a_run_that_kept_its_untrained_adapter_warns_and_nobody_serves_it(
+    toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    config = settings(byte_folder, learning_rate=1.0, max_steps=1)
+    with pytest.warns(UserWarning) as caught:
+        outcome = finetune("next_item", config, toy, tmp_path / "run")
+    assert outcome.best_step == 0
+    assert any("as it began" in str(w.message) for w in caught)
+    card = json.loads((tmp_path / "run" / "penchant.json").read_text())
+    assert any("as it began" in w for w in card["outcome"]["warnings"])
+    with pytest.raises(ModelError, match="changes no logit"):
+        load_engine(byte_folder, tmp_path / "run", dtype="float32", device="cpu")
+
+
+def tampered(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Let ``change`` at the student just before it is published."""
+    plain = recipes.publish
+
+    def publish(recipe: Recipe, *rest: Any) -> None:
+        change(recipe.student)
+        plain(recipe, *rest)
+
+    monkeypatch.setattr(recipes, "publish", publish)
+
+
+def test_a_trained_adapter_that_changes_nothing_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    def empty(student: Student) -> None:
+        with torch.no_grad():
+            for name, p in student.trainable().items():
+                if "lora_B" in name:
+                    p.zero_()
+
+    tampered(monkeypatch, empty)
+    with pytest.raises(ModelError, match="changes no logit: nothing was learnt"):
+        finetune("next_item", settings(byte_folder, max_steps=3), toy, tmp_path / "run")
+    assert checkpoints(tmp_path / "run" / "checkpoints")
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_that_does_not_reload_to_itself_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    plain = Student.save
+
+    def other(student: Student, folder: Path) -> None:
+        before = {n: p.detach().clone() for n, p in student.trainable().items()}
+        with torch.no_grad():
+            for p in student.trainable().values():
+                p.mul_(3)
+        plain(student, folder)
+        with torch.no_grad():
+            for n, p in student.trainable().items():
+                p.copy_(before[n])
+
+    monkeypatch.setattr(Student, "save", other)
+    with pytest.raises(ModelError, match="does not reload to the trained one"):
+        finetune("next_item", settings(byte_folder, max_steps=3), toy, tmp_path / "run")
+
+
+# -- losses that are no numbers --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path, value: float
+) -> None:
+    config = settings(byte_folder, epochs=3, checkpoint_every=2, eval_every=99)
+    students: list[Student] = []
+    plain = recipes.load_student
+    monkeypatch.setattr(recipes, "load_student", lambda c: students.append(plain(c)) or students[-1])
+
+    def poison(record: dict[str, Any]) -> None:
+        if record["kind"] == "step" and record["step"] == 5:
+            with torch.no_grad():
+                next(iter(students[0].trainable().values()))[0, 0] = value
+
+    with pytest.raises(ModelError, match="in step 6; it was not taken") as raised:
+        finetune("next_item", config, toy, tmp_path / "run", on_record=poison)
+    last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert last.name == "step-0000004"
+    assert str(last) in str(raised.value.remedy)
+    assert len(losses_of(tmp_path / "run")) == 5
+    fresh = plain(config)
+    load_checkpoint(last, fresh, None)
+    assert all(bool(torch.isfinite(p).all()) for p in fresh.trainable().values())
+    monkeypatch.setattr(recipes, "load_student", plain)
+    finetune("next_item", config, toy, tmp_path / "run", resume=True)
+    finetune("next_item", config, toy, tmp_path / "whole")
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
+
+
+def test_a_rate_far_too_high_stops(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    config = settings(byte_folder, learning_rate=1e30, epochs=2)
+    with pytest.raises(ModelError, match="lower learning_rate"):
+        finetune("next_item", config, toy, tmp_path / "run")
+    good = load_student(config)
+    load_checkpoint(tmp_path / "run" / "checkpoints" / "step-0000000", good, None)
+
+
+# -- runs that learn nothing -----------------------------------------------------------------------
+
+
+def test_nothing_learnt_in_fifty_steps_is_said_aloud(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    config = settings(
+        byte_folder, learning_rate=1e-12, epochs=99, max_steps=51, packs_per_step=1, pack_tokens=96, eval_every=99
+    )
+    with pytest.warns(UserWarning) as caught:
+        outcome = finetune("next_item", config, toy, tmp_path / "run")
+    said = [str(w.message) for w in caught if "nothing learnt in 50 steps" in str(w.message)]
+    assert len(said) == 1
+    assert said[0] in outcome.warnings
+    assert json.loads((tmp_path / "run" / "penchant.json").read_text())["outcome"]["warnings"] == outcome.warnings
+
+
+def test_weights_that_get_no_gradient_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    plain = recipes.task_loss
+
+    def cut_off(name: str, config: Any) -> Any:
+        loss, weight = plain(name, config)
+        return (lambda f, s, b: loss(f, s, b) * 0.0), weight
+
+    monkeypatch.setattr(recipes, "task_loss", cut_off)
+    with pytest.raises(ModelError, match="no weight gets a gradient"):
+        finetune("next_item", settings(byte_folder), toy, tmp_path / "run")
+
+
+def test_no_row_at_all_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path, prompts: Path
+) -> None:
+    from tests.training.helpers import corpus_of
+    from tests.training.test_choose import Fixed
+
+    config = settings(byte_folder, ChooseConfig, letters=3, prompts=str(prompts), pack_tokens=700, seed=77)
+    recipe = Recipe("choose", config, leave_last_out(toy))
+    recipe.__dict__["retriever"] = Fixed(corpus_of(toy, byte_folder), miss=True)
+    with pytest.raises(DataError, match="not one training row"):
+        recipe.rows()
+
+
+# -- targets cut off -------------------------------------------------------------------------------
+
+
+def long_titles(toy: Dataset) -> Dataset:
+    items = toy.items.with_columns(title=toy.items["title"] + " and everything that came after it, in many words")
+    return Dataset(toy.interactions, items)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "more"),
+    [
+        ("next_item", NextItemConfig, {}),
+        ("next_item", NextItemConfig, {"mode": "single", "max_history": 1}),
+        ("preference", PreferenceConfig, {"negatives": 1}),
+    ],
+)
+def test_a_title_longer_than_a_pack_is_refused(
+    toy: Dataset, byte_folder: Path, tmp_path: Path, name: str, kind: Any, more: dict[str, Any]
+) -> None:
+    config = settings(byte_folder, kind, pack_tokens=40, **more)
+    with pytest.raises((DataError, ConfigError), match="cut off") as raised:
+        finetune(name, config, long_titles(toy), tmp_path / "run")
+    assert "raise pack_tokens" in str(raised.value.remedy)
+
+
+def test_the_item_whose_title_is_too_long_is_named(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    titles = toy.items["title"].to_list()
+    titles[3] += " (which goes on and on and on and on and on and on)"
+    data = Dataset(toy.interactions, toy.items.with_columns(title=pl.Series(titles)))
+    with pytest.raises(DataError, match=f"the title of item {toy.items['item_id'][3]} has"):
+        finetune("next_item", settings(byte_folder, pack_tokens=60), data, tmp_path / "run")
+
+
+# -- templates -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(byte_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter trained with the shipped templates."""
+    from tests.conftest import toy_frames
+
+    out = tmp_path_factory.mktemp("adapter") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PENCHANT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        finetune("next_item", settings(byte_folder, max_steps=3), Dataset.read(*toy_frames()), out)
+    return out
+
+
+def changed_templates(folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = (shipped("prompts") / f"{name}.jinja").read_text(encoding="utf-8")
+    (folder / f"{name}.jinja").write_text(text.replace("version: ", "version: 1"), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["next_item", "item"])
+def test_an_adapter_is_not_served_with_another_template(
+    toy: Dataset, byte_folder: Path, adapter: Path, tmp_path: Path, name: str
+) -> None:
+    other = Templates(changed_templates(tmp_path / "prompts", name))
+    with pytest.raises(ConfigError, match=f"another text of the template '{name}'") as raised:
+        check_templates(adapter, other)
+    assert str(adapter / "prompts") in str(raised.value.remedy)
+    engine = load_engine(byte_folder, adapter, dtype="float32", device="cpu")
+    split = leave_last_out(toy)
+    config = FitConfig(candidates=4, validation_users=4, encoder={"epochs": 1})
+    with pytest.raises(ConfigError, match="another text of the template"):
+        Recommender.fit(split, engine, config=config, prompts=tmp_path / "prompts")
+
+
+def test_its_own_templates_and_those_it_does_not_use_are_fine(adapter: Path, tmp_path: Path) -> None:
+    check_templates(adapter, Templates())
+    check_templates(adapter, Templates(adapter / "prompts"))
+    check_templates(adapter, Templates(changed_templates(tmp_path, "choose")))
+
+
+def test_adapters_without_a_card_are_not_judged(tmp_path: Path) -> None:
+    assert read_card(None) is None
+    assert read_card(tmp_path) is None
+    check_templates(None, Templates())
+    check_templates(tmp_path, Templates(changed_templates(tmp_path / "p", "next_item")))
+
+
+def test_the_adapter_can_be_fitted_and_serves(toy: Dataset, byte_folder: Path, adapter: Path) -> None:
+    engine = load_engine(byte_folder, adapter, dtype="float32", device="cpu")
+    config = FitConfig(candidates=4, validation_users=4, encoder={"epochs": 1})
+    model = Recommender.fit(leave_last_out(toy), engine, config=config)
+    assert len(model.recommend(users=["u0"], k=3)) == 3
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def test_a_head_that_is_more_than_a_matrix_is_refused(monkeypatch: pytest.MonkeyPatch, byte_folder: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    plain = LlamaForCausalLM.forward
+
+    def capped(self: Any, *args: Any, **more: Any) -> Any:
+        out = plain(self, *args, **more)
+        out.logits = 5 * torch.tanh(out.logits / 5)
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", capped)
+    with pytest.raises(ModelError, match="scales or caps its logits"):
+        load_student(settings(byte_folder))
+
+
+def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded for training"):
+        load_student(settings(tmp_path))
+
+
+def test_validation_does_not_disturb_training(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    """With validation at every step, and with none before the end: the same losses, dropout and all."""
+    noise = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}, "patience": 99}
+    finetune("next_item", settings(byte_folder, eval_every=1, **noise), toy, tmp_path / "often")
+    finetune("next_item", settings(byte_folder, eval_every=99, **noise), toy, tmp_path / "once")
+    assert losses_of(tmp_path / "often") == losses_of(tmp_path / "once")
+    assert len(steps_of(tmp_path / "often", "validation")) == 6

@@ -1,0 +1,440 @@
+"""Each recipe from data to adapter, and the adapter read back by others: the same scores."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from tests import tiny
+from tests.training.helpers import letter_prompts, losses_of, plain_logprobs, settings, steps_of
+from tests.training.test_yes_no import entry
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from penchant.data.dataset import Dataset
+from penchant.data.split import leave_last_out
+from penchant.engine.loading import load_engine
+from penchant.errors import ConfigError, ModelError
+from penchant.prompt import Templates
+from penchant.training import recipes
+from penchant.training.config import ChooseConfig, NextItemConfig, PreferenceConfig, TrainConfig, YesNoConfig
+from penchant.training.recipes import CONFIGS, TEMPLATES, Recipe, cut, finetune
+from penchant.training.student import Student, load_student
+
+PROMPTS = ["One user's history, in the order of time, one title a line:\nHeat (1995)\n", "a b c"]
+TEXTS = ["Alien (1979)\n", "Up (2009)\n", "Toy Story (1995)\n", "M"]
+
+KINDS: dict[str, tuple[type[TrainConfig], dict[str, Any]]] = {
+    "next_item": (NextItemConfig, {}),
+    "yes_no": (YesNoConfig, {"pack_tokens": 400, "negatives": ["unexposed", "hard"], "targets_per_user": 2}),
+    "choose": (ChooseConfig, {"pack_tokens": 600, "letters": 5, "targets_per_user": 2, "insert_missed": True}),
+    "preference": (PreferenceConfig, {"pack_tokens": 400, "negatives": 2, "learning_rate": 2e-3}),
+}
+
+
+def made(name: str, folder: Path, prompts: Path, **changes: Any) -> TrainConfig:
+    kind, own = KINDS[name]
+    return settings(folder, kind, **{"prompts": str(prompts), "max_steps": 6, "epochs": 3, **own, **changes})
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """The recipes whose students were published, in order."""
+    seen: list[Recipe] = []
+    plain = recipes.publish
+
+    def publish(recipe: Recipe, *rest: Any) -> None:
+        seen.append(recipe)
+        plain(recipe, *rest)
+
+    monkeypatch.setattr(recipes, "publish", publish)
+    return seen
+
+
+def scores_of(student: Student) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """log p of every text behind every prompt by plain forwards of the trained model itself."""
+    tokenizer = AutoTokenizer.from_pretrained(student.causal_lm.config._name_or_path)
+    out = []
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            for text in TEXTS:
+                ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, text)]
+                out.append(float(plain_logprobs(student.eval(), *ids).sum()))
+    return np.array(out)
+
+
+def reload_scores(base: Path, adapter: Path) -> tuple[Any, Any, Any]:
+    """By the engine, by stock peft, and the base alone."""
+    engine = load_engine(base, adapter, dtype="float32", device="cpu")
+    served = np.concatenate(engine.score(PROMPTS, [TEXTS] * 2))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    alone = scores_of(Student(model))
+    stock = scores_of(Student(PeftModel.from_pretrained(model, str(adapter))))
+    return served, stock, alone
+
+
+@pytest.mark.filterwarnings("ignore:no validation in", "ignore:nothing learnt")
+@pytest.mark.parametrize("name", KINDS)
+def test_each_recipe_leaves_an_adapter_that_reloads_to_the_same_scores(
+    trained: list[Recipe], toy: Dataset, byte_folder: Path, prompts: Path, tmp_path: Path, name: str
+) -> None:
+    config = made(name, byte_folder, prompts, eval_users=4)
+    outcome = finetune(name, config, toy, tmp_path / "run")
+    assert outcome.steps == 6
+    assert len(losses_of(tmp_path / "run")) == 6
+    assert all(np.isfinite(losses_of(tmp_path / "run")))
+    score = {"yes_no": "AUC"}.get(name, "NDCG@10")
+    assert all(0 <= r[score] <= 1 for r in steps_of(tmp_path / "run", "validation"))
+    # Whatever validation thought of it, the last checkpoint is looked at: it has learnt something.
+    from penchant.training.checkpoints import checkpoints, load_checkpoint
+
+    recipe = trained[0]
+    load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1], recipe.student, None)
+    outcome.best_step = 6
+    recipes.publish(recipe, outcome, tmp_path / "run")
+    expected = scores_of(recipe.student)
+    served, stock, alone = reload_scores(byte_folder, tmp_path / "run")
+    assert served == pytest.approx(expected, abs=1e-4)
+    assert stock == pytest.approx(expected, abs=1e-5)
+    assert np.abs(expected - alone).max() > 1e-3
+    left = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "penchant.json", "config.yaml"} <= left
+    assert {"log.jsonl", "loss.png", "run.json", "prompts"} <= left
+    assert not {"new", "README.md"} & left
+
+
+@pytest.mark.filterwarnings("ignore:no validation in", "ignore:nothing learnt")
+def test_what_is_saved_beside_the_adapter(toy: Dataset, byte_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    config = made("yes_no", byte_folder, prompts, negatives=["unexposed"])
+    outcome = finetune("yes_no", config, toy, tmp_path / "run")
+    card = json.loads((tmp_path / "run" / "penchant.json").read_text())
+    templates = Templates(prompts)
+    assert card["recipe"] == "yes_no"
+    assert card["templates"] == {name: templates.hash(name) for name in ("item", "user", "yes_no")}
+    assert card["data"] == toy.content_hash
+    assert card["seed"] == 0
+    assert card["outcome"]["steps"] == outcome.steps
+    assert {"python", "torch", "transformers", "peft", "penchant"} <= set(card["versions"])
+    again = YesNoConfig.model_validate(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
+    assert again == config
+    saved = {p.stem: p.read_text(encoding="utf-8") for p in (tmp_path / "run" / "prompts").iterdir()}
+    assert saved == templates.sources
+
+
+def test_every_recipe_has_its_settings_and_templates() -> None:
+    assert set(CONFIGS) == set(TEMPLATES) == set(KINDS)
+    assert all(set(names) <= set(Templates().sources) for names in TEMPLATES.values())
+
+
+# -- ways to train ---------------------------------------------------------------------------------
+
+
+def run(toy: Dataset, folder: Path, out: Path, **changes: Any) -> Path:
+    finetune("next_item", settings(folder, **{"max_steps": 8, "epochs": 4, "eval_every": 8, **changes}), toy, out)
+    losses = losses_of(out)
+    assert np.mean(losses[-2:]) < np.mean(losses[:2])
+    return out
+
+
+def test_full_training_leaves_a_plain_model(
+    trained: list[Recipe], toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    out = run(toy, byte_folder, tmp_path / "run", method="full", learning_rate=1e-3)
+    assert not (out / "adapter_config.json").exists()
+    engine = load_engine(out, dtype="float32", device="cpu")
+    served = np.concatenate(engine.score(PROMPTS, [TEXTS] * 2))
+    student = trained[0].student
+    assert served == pytest.approx(scores_of(student), abs=1e-4)
+    assert np.abs(served - scores_of(load_student(settings(byte_folder)))).max() > 1e-3
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_full_training_of_an_untied_head(toy: Dataset, tiny_folder: Path, tmp_path: Path) -> None:
+    run(toy, tiny_folder, tmp_path / "run", method="full", learning_rate=1e-3)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    out = run(toy, byte_folder, tmp_path / "run", lora={"r": 4, "alpha": 8, "rslora": True})
+    saved = json.loads((out / "adapter_config.json").read_text())
+    assert saved["use_rslora"] is True
+    layers = [m for m in load_student(settings(byte_folder, start_from=str(out))).modules() if hasattr(m, "lora_A")]
+    assert {m.scaling["default"] for m in layers} == {8 / 4**0.5}
+    served, stock, _ = reload_scores(byte_folder, out)
+    assert served == pytest.approx(stock, abs=1e-4)
+
+
+def test_last_layers_alone_are_adapted(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    out = run(toy, byte_folder, tmp_path / "run", lora={"r": 4, "alpha": 8, "last_layers": 1})
+    from safetensors.torch import load_file
+
+    names = list(load_file(out / "adapter_model.safetensors"))
+    assert names
+    assert all(".layers.1." in name for name in names)
+    served, stock, _ = reload_scores(byte_folder, out)
+    assert served == pytest.approx(stock, abs=1e-4)
+
+
+def test_targets_name_the_adapted_layers_and_never_the_head(byte_folder: Path) -> None:
+    def adapted(**changes: Any) -> set[str]:
+        student = load_student(settings(byte_folder, lora={"r": 2, "alpha": 2, **changes}))
+        return {name.split(".lora_")[0].rpartition(".")[2] for name in student.trainable()}
+
+    every = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert adapted() == every
+    assert adapted(last_layers=2) == every
+    assert adapted(targets=["q_proj", "v_proj"]) == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"targets": ["nonsense"]}, "no such adapter"), ({"last_layers": 3}, "a model with 2")]
+)
+def test_layers_that_are_not_there_are_refused(byte_folder: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_student(settings(byte_folder, lora={"r": 2, "alpha": 2, **changes}))
+
+
+def test_an_adapters_first_weights_are_a_function_of_the_seed(byte_folder: Path) -> None:
+    first, again, other = (load_student(settings(byte_folder, seed=s)).trainable() for s in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_one_recipe_goes_on_from_anothers_adapter(
+    trained: list[Recipe], toy: Dataset, byte_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    first = run(toy, byte_folder, tmp_path / "first")
+    config = made("preference", byte_folder, prompts, start_from=str(first), max_steps=4, learning_rate=1e-3)
+    started = scores_of(load_student(config))
+    assert started == pytest.approx(reload_scores(byte_folder, first)[1], abs=1e-5)
+    finetune("preference", config, toy, tmp_path / "second")
+    # The reference is the base, and not the first adapter: at the start the loss is not log 2.
+    assert abs(losses_of(tmp_path / "second")[0] - np.log(3)) > 0.01
+    served, stock, _ = reload_scores(byte_folder, tmp_path / "second")
+    assert served == pytest.approx(stock, abs=1e-4)
+    assert np.abs(served - started).max() > 1e-4
+
+
+def test_an_adapter_of_another_model_is_no_start(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(ModelError, match="cannot be gone on from"):
+            load_student(settings(byte_folder, start_from=str(folder)))
+    (tmp_path / "other").mkdir()
+    other = tiny.save_model(tmp_path / "other", "sentencepiece")
+    assert other.is_dir()
+
+
+def test_bfloat16_trains_and_keeps_the_adapter_in_float32(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    out = run(toy, byte_folder, tmp_path / "run", dtype="bfloat16")
+    student = load_student(settings(byte_folder, dtype="bfloat16"))
+    assert student.dtype == torch.bfloat16
+    assert {p.dtype for p in student.trainable().values()} == {torch.float32}
+    assert all(np.isfinite(losses_of(out)))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NF4 quantises 64 weights of a row together: a model with rows of at least as many."""
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = tiny.tokenizer("byte")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                initializer_range=0.2,
+                tie_word_embeddings=True,
+            )
+        ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("quantization", "bits"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quantised_base_is_quantised_frozen_and_trains(
+    toy: Dataset, wide: Path, tmp_path: Path, quantization: str, bits: str, dtype: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    student = load_student(settings(wide, quantization=quantization, dtype=dtype))
+    plain = load_student(settings(wide))
+    layers = [m.get_base_layer() for m in student.modules() if hasattr(m, "get_base_layer")]
+    assert layers
+    assert {type(layer).__name__ for layer in layers} == {bits}
+    wanted = {"nf4": torch.uint8, "int8": torch.int8}[quantization]
+    assert {layer.weight.dtype for layer in layers} == {wanted}
+    whole = sum(m.get_base_layer().weight.numel() * 4 for m in plain.modules() if hasattr(m, "get_base_layer"))
+    small = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    assert small * (8 if quantization == "nf4" else 4) == whole
+    assert all(not p.requires_grad for n, p in student.named_parameters() if "lora_" not in n)
+    # Rounded, and still nearly the same model.
+    difference = np.abs(scores_of(student) - scores_of(plain)) / np.abs(scores_of(plain))
+    assert 0 < difference.mean() < 0.25
+    run(toy, wide, tmp_path / "run", quantization=quantization, dtype=dtype)
+
+
+@pytest.mark.parametrize("looked_at_first", [False, True])
+def test_gradients_pass_through_a_quantised_base(wide: Path, looked_at_first: bool) -> None:
+    """They are those of the rounded weights in float32; also after validation has run the model (bitsandbytes packs
+    weights for inference at such a moment, and packed ones have no backward pass)."""
+    bnb = pytest.importorskip("bitsandbytes")
+    from tests.training.helpers import stirred
+
+    student, plain = (stirred(settings(wide, quantization=q), scale=0.05) for q in ("nf4", "none"))
+    bases = [[m.get_base_layer() for m in s.modules() if hasattr(m, "get_base_layer")] for s in (student, plain)]
+    for small, whole in zip(*bases, strict=True):
+        with torch.no_grad():
+            whole.weight.copy_(bnb.functional.dequantize_4bit(small.weight.data, small.weight.quant_state))
+    if looked_at_first:
+        with torch.no_grad():
+            student.eval().causal_lm(input_ids=torch.arange(1, 9).unsqueeze(0))
+    grads = []
+    for s in (student, plain):
+        torch.autograd.backward(plain_logprobs(s.train(), [5, 6, 7], [8, 9, 10, 11]).sum())
+        grads.append({name: p.grad for name, p in s.trainable().items()})
+    assert grads[0].keys() == grads[1].keys()
+    for name, wanted in grads[1].items():
+        got = grads[0][name]
+        assert got is not None, name
+        assert wanted is not None
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-3)
+        assert float(wanted.abs().max()) > 0
+
+
+def test_quantisation_without_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch, byte_folder: Path) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="needs bitsandbytes") as raised:
+        load_student(settings(byte_folder, quantization="nf4"))
+    assert "penchant[quant]" in str(raised.value.remedy)
+
+
+@pytest.mark.parametrize("changes", [{"quantization": "nf4"}, {"start_from": "x"}])
+def test_full_training_of_a_quantised_or_adapted_model_is_refused(byte_folder: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="method full"):
+        settings(byte_folder, method="full", **changes)
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def test_tallrecs_examples_need_no_dataset(byte_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    titles = ["Heat (1995)", "Alien (1979)", "Up (2009)", "M (1931)", "Aliens (1986)"]
+
+    def examples(path: Path, n: int) -> str:
+        rows = []
+        for _ in range(n):
+            liked, disliked, target = rng.permutation(titles)[:3]
+            rows.append(entry(f'"{liked}"', f'"{disliked}"', target, "Yes." if "19" in target else "No."))
+        path.write_bytes(gzip.compress(json.dumps(rows).encode()))
+        return str(path)
+
+    config = settings(
+        byte_folder,
+        YesNoConfig,
+        prompts=str(prompts),
+        examples=examples(tmp_path / "train.json.gz", 60),
+        valid_examples=examples(tmp_path / "valid.json.gz", 40),
+        pack_tokens=512,
+        epochs=8,
+        max_rows=48,
+        eval_users=40,
+        learning_rate=2e-2,
+        patience=9,
+    )
+    finetune("yes_no", config, None, tmp_path / "run")
+    found = steps_of(tmp_path / "run", "validation")
+    assert max(r["AUC"] for r in found) > 0.9, "a year tells the answer"
+    assert found[-1]["valid_loss"] < found[0]["valid_loss"]
+    assert len({r["examples"] for r in steps_of(tmp_path / "run")}) >= 1
+    first = steps_of(tmp_path / "run")
+    assert sum(r["examples"] for r in first) == 48 * 8, "max_rows of them in every epoch"
+
+
+def test_a_recipe_without_data_is_refused(byte_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a dataset"):
+        finetune("next_item", settings(byte_folder), None, tmp_path / "run")
+
+
+def test_rows_are_sampled_by_seed_and_made_again_for_other_settings(toy: Dataset, byte_folder: Path) -> None:
+    split = leave_last_out(toy)
+
+    def users(**changes: Any) -> list[int]:
+        rows = Recipe("next_item", settings(byte_folder, max_rows=10, **changes), split).rows()
+        return [row.user for row in rows]
+
+    first = users()
+    assert len(first) == 10
+    assert first == sorted(first) == users()
+    assert users(seed=1) != first
+    assert users(learning_rate=3e-4) == first
+    windowed = Recipe("next_item", settings(byte_folder, window=3), split).rows()
+    assert len(windowed) == 90
+
+
+def test_stored_rows_are_the_rows_that_were_made(toy: Dataset, byte_folder: Path) -> None:
+    from penchant.training.next_item import next_item_rows
+    from penchant.training.rows import ARRAYS
+
+    config = settings(byte_folder, popularity_power=0.5)
+    recipe = Recipe("next_item", config, leave_last_out(toy))
+    stored = recipe.rows()
+    made_now = list(next_item_rows(recipe.corpus, config))
+    assert len(stored) == len(made_now)
+    for a, b in zip(stored, made_now, strict=True):
+        assert a.user == b.user
+        for name in (*ARRAYS, "inputs", "targets"):
+            mine, other = getattr(a, name), getattr(b, name)
+            assert mine.dtype == other.dtype
+            assert np.array_equal(mine, other)
+    assert stored.lengths.tolist() == [len(row) for row in made_now]
+    assert stored.n_targets.tolist() == [row.n_targets for row in made_now]
+
+
+def test_a_torn_row_store_is_found(toy: Dataset, byte_folder: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    from penchant.errors import StorageError
+
+    monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path / "own"))
+    recipe = Recipe("next_item", settings(byte_folder), leave_last_out(toy))
+    recipe.rows()
+    (arrow,) = (tmp_path / "own" / "rows").glob("*/rows.arrow")
+    data = bytearray(arrow.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    arrow.write_bytes(bytes(data))
+    with pytest.raises(StorageError, match="corrupt"):
+        recipe.rows()
+
+
+def test_splits_are_cut_as_asked_for(toy: Dataset, byte_folder: Path) -> None:
+    from datetime import UTC, datetime
+
+    assert len(cut(toy, settings(byte_folder)).test) == 30
+    assert len(cut(toy, settings(byte_folder, split="none")).test) == 0
+    at = datetime.fromtimestamp(1_000_000 + 300, UTC)
+    later = datetime.fromtimestamp(1_000_000 + 420, UTC)
+    found = cut(toy, settings(byte_folder, split="global-time", valid_from=at, test_from=later))
+    assert found.spec["kind"] == "global time"
+    with pytest.raises(ConfigError, match="need split: global-time"):
+        cut(toy, settings(byte_folder, valid_from=at))
+
+
+@pytest.mark.filterwarnings("ignore:no validation in", "ignore:nothing learnt")
+def test_choose_learns_on_the_toy_data(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    prompts = letter_prompts(tmp_path / "prompts")
+    config = made("choose", byte_folder, prompts, max_steps=None, epochs=6, packs_per_step=4, learning_rate=2e-2)
+    finetune("choose", config, toy, tmp_path / "run")
+    losses = losses_of(tmp_path / "run")
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
