@@ -15,13 +15,15 @@ from penchant.recommend import Recommender
 # penchant and ready are of conftest.py beside this file.
 Call = Callable[..., Any]
 
+FILES = "kind: tables, folder: toy, interactions: log.csv, items: items.csv"
 
-def task_file(folder: Path, ready: Any, **changes: str) -> Path:
+
+def task_file(folder: Path, **changes: str) -> Path:
     """A task over the toy data's own files, in ``folder``."""
     fields = {
         "version": "1",
         "about": "a toy",
-        "data": f"{{kind: tables, folder: toy, interactions: {ready.log.name}, items: {ready.items.name}}}",
+        "data": f"{{{FILES}}}",
         "split": "{kind: leave-last-out}",
         "published": "[{system: Theirs, source: a paper, protocol: the same, metrics: {NDCG@10: 0.5}}]",
         **changes,
@@ -36,7 +38,7 @@ def evaluate(penchant: Call, ready: Any, *options: object) -> Any:
 
 
 def test_a_task_of_the_same_data_and_split(penchant: Call, ready: Any, tmp_path: Path) -> None:
-    options = ["--task", task_file(tmp_path, ready), "--data-dir", ready.log.parent]
+    options = ["--task", task_file(tmp_path), "--data-dir", ready.log.parent]
     ended = evaluate(penchant, ready, *options, "--json", tmp_path / "r.json", "--html", tmp_path / "r.html")
     assert ended.code == 0, ended.err
     plain = evaluate(penchant, ready)
@@ -52,7 +54,7 @@ def test_the_candidates_of_a_task_are_used(penchant: Call, ready: Any, tmp_path:
     ids = model.log.item_ids
     rows = [f"{model.log.user_ids[u]}\t{' '.join(ids)}" for u in model.split.test.user[:7]]
     (ready.log.parent / "cand.txt").write_text("\n".join(rows) + "\n")
-    path = task_file(tmp_path, ready, candidates="{file: cand.txt, n: 4}")
+    path = task_file(tmp_path, candidates="{file: cand.txt, n: 4}")
     ended = evaluate(penchant, ready, "--task", path, "--data-dir", ready.log.parent, "-k", 4)
     assert ended.code == 0, ended.err
     assert "all 7 test targets, sampled candidates (4)" in ended.out
@@ -68,15 +70,14 @@ def test_the_candidates_of_a_task_are_used(penchant: Call, ready: Any, tmp_path:
     ("changes", "said"),
     [
         ({"split": "{kind: global-time}"}, "the run's split"),
-        ({"data": "{kind: tables, folder: toy, interactions: log.csv, items: items.csv, read_as: {min_item_events: 19}}"},
-         "the run is of other data"),
+        ({"data": f"{{{FILES}, read_as: {{min_item_events: 19}}}}"}, "the run is of other data"),
     ],
     ids=["split", "data"],
-)  # fmt: skip
+)
 def test_a_run_of_another_split_or_other_data_is_refused(
     penchant: Call, ready: Any, tmp_path: Path, changes: dict[str, str], said: str
 ) -> None:
-    path = task_file(tmp_path, ready, **changes)
+    path = task_file(tmp_path, **changes)
     ended = evaluate(penchant, ready, "--task", path, "--data-dir", ready.log.parent)
     assert ended.code == 2
     assert said in ended.err

@@ -15,10 +15,12 @@ from tests.fake_engine import FakeEngine
 
 from penchant.errors import ConfigError
 from penchant.evaluation import comparison as module
+from penchant.evaluation.baselines.sasrec import SASRec
 from penchant.evaluation.comparison import Comparison, spread
 from penchant.evaluation.ranking import Ranked
 from penchant.evaluation.store import Finished, Store, key_of
 from penchant.evaluation.tasks import Task
+from penchant.interest.encoder import EncoderConfig, InterestEncoder
 
 SMALL = ["popularity", "item_knn", "encoder: ids"]
 
@@ -154,12 +156,10 @@ def test_the_result_says_what_it_was_made_of(data: Path) -> None:
     assert result["environment"]["versions"]["numpy"] == np.__version__
     (run,) = result["runs"]
     every = [row["system"] for row in run["rows"] if row["group"].startswith("all 30")]
-    # The full model's encoder stands for the variant with ids and text, of the same configuration.
-    assert every == ["encoder", "encoder: ids", "popularity", "newest items (LLM vectors)"]
+    assert every == ["encoder: ids + text", "encoder: ids", "popularity", "newest items (LLM vectors)"]
     assert run["settings"]["config"]["encoder"]["use_text"]
     assert {"llm likelihood", "the candidates in random order (expected)"} <= {row["system"] for row in run["rows"]}
-    tuned = {"popularity", "newest items (LLM vectors)", "encoder: ids"}
-    assert {trial["system"] for trial in run["trials"]} == tuned  # one trial: nothing to choose for the full model
+    assert {trial["system"] for trial in run["trials"]} == set(every)
     assert all(0 <= trial["valid_ndcg@10"] <= 1 for trial in run["trials"])
     assert run["published"] == published
     assert run["examples"] == []  # rows of the data are no part of a result
@@ -168,25 +168,40 @@ def test_the_result_says_what_it_was_made_of(data: Path) -> None:
     assert "at most 1 configurations" in notes
     assert "leave-last-out: whatever is trained on all users has seen" in notes
     ours = [row for row in run["rows"] if row["difference"]]
-    assert {row["system"].partition(" minus ")[0] for row in ours} == {"encoder", "llm+interest"}
+    assert {row["system"].partition(" minus ")[0] for row in ours} == {"encoder: ids + text", "llm+interest"}
     assert all(row["p"] is not None for row in ours)
     costs = {cost["system"]: cost for cost in run["costs"]}
     assert costs["popularity"]["fit_seconds"] is not None
     # The whole report, LLM stage included, is not made again either.
     again = comparison(data, systems, task(published=published))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Recommender, "fit", lambda *a, **b: pytest.fail("it was fitted again"))
+        patch.setattr(module, "Recommender", lambda *a, **b: pytest.fail("it was made again"))
         assert again.run({"commit": "abc"})["runs"] == result["runs"]
 
 
-def test_the_full_model_takes_the_configuration_that_validation_chose(data: Path) -> None:
+def test_the_full_model_is_the_encoder_that_validation_chose(data: Path) -> None:
+    """No training of its own: it has had the budget that all have had, and is not made twice."""
     made = task(budget={"trials": 2, "seconds": 60})
-    one = comparison(data, ["encoder: ids + text", "full"], made)
-    (run,) = one.run()["runs"]
-    trials = [trial for trial in run["trials"] if trial["system"] == "encoder: ids + text"]
-    assert len(trials) == 2
-    best = max(trials, key=lambda trial: trial["valid_ndcg@10"])["config"]
+    one = comparison(data, ["full"], made)
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(patch)
+        (run,) = one.run()["runs"]
+    assert counted.names == ["encoder: ids + text 0"]
+    assert len(run["trials"]) == 2
+    best = max(run["trials"], key=lambda trial: trial["valid_ndcg@10"])["config"]
     assert run["settings"]["config"]["encoder"] == best
+    # Its encoder ranks as the stored variant does.
+    stored = one.finished("encoder: ids + text", 0)
+    assert stored is not None
+    config = EncoderConfig.model_validate(best)
+    weights = one.store.weights("encoder: ids + text", 0)
+    encoder = InterestEncoder.load(weights, config, one.split.log.n_items, one.vectors)
+    system = SASRec(encoder, encoder.item_matrix(), np.ones(16, np.float32), "again")
+    again = one.asked.protocol(made, 0).rank(system, one.asked.targets)
+    np.testing.assert_array_equal(again.rank, stored.ranked.rank)
+    # Weights that are not those it was ranked with are made again.
+    weights.write_bytes(weights.read_bytes()[:-8] + b"12345678")
+    assert fitted(data, ["full"], made) == ["encoder: ids + text 0"]
 
 
 def test_the_limit_of_time_leaves_systems_out_and_says_so(data: Path) -> None:

@@ -275,6 +275,22 @@ def test_ties_of_the_llm_count_against_it(model: Recommender) -> None:
     assert among.find("llm likelihood").metrics[f"Recall@{CANDIDATES}"].mean > 0.5
 
 
+def test_a_model_that_asks_another_question_is_shown_under_its_name(model: Recommender) -> None:
+    chooser = dataclasses.replace(model, prior=None, config=CONFIG.model_copy(update={"question": "choose"}))
+    chooser.use_engine(FakeEngine())
+    report = evaluate(chooser, k=2, llm_users=1_000)
+    names = [row.system for row in report.rows if row.system.startswith("llm")]
+    assert names == ["llm choose", FUSED, "llm+interest minus encoder"]
+    targets, found = chooser.split.test, []
+    for i in range(len(targets)):
+        history = targets.history(i)
+        candidates = chooser.retrieve([history], CANDIDATES)[0][0]
+        scores = chooser.ranker.letters([history], [candidates])[0]
+        at = np.flatnonzero(candidates == targets.item[i])
+        found.append(int((scores >= scores[at[0]]).sum()) if at.size else math.inf)
+    assert report.find("llm choose").metrics["Recall@2"].mean == pytest.approx(recall(found, 2))
+
+
 def test_blocks_of_targets_change_nothing(model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     before = evaluate(model, k=3, llm_users=0).rows
     for block in (1, 16 * 7):

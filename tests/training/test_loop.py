@@ -108,7 +108,7 @@ def test_a_run_is_a_function_of_its_seed(toy: Dataset, byte_folder: Path, tmp_pa
 
 def test_the_rate_warms_up_and_falls_along_a_cosine(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
     config = settings(byte_folder, max_steps=20, epochs=9, warmup=0.2, learning_rate=1e-3, patience=99)
-    loop, _ = run(toy, config, tmp_path / "run")
+    run(toy, config, tmp_path / "run")
     rates = [r["learning_rate"] for r in steps_of(tmp_path / "run")]
     assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
     wanted = [1e-3 * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (s - 4) / 16))) for s in range(4, 20)]
@@ -306,7 +306,9 @@ def test_trackers_get_the_settings_and_every_record(
     losses = {step: values["step/loss"] for step, values in fake.logged if "step/loss" in values}
     assert losses == {r["step"]: r["loss"] for r in steps_of(tmp_path / "run")}
     assert len(losses) == outcome.steps
-    assert sum("validation/valid_loss" in values for _, values in fake.logged) == len(steps_of(tmp_path / "run", "validation"))
+    assert sum("validation/valid_loss" in values for _, values in fake.logged) == len(
+        steps_of(tmp_path / "run", "validation")
+    )
 
 
 def test_tensorboard_writes_its_files_where_it_is_installed(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:

@@ -114,9 +114,7 @@ def test_a_wrong_base_is_refused(adapter: Path, tmp_path: Path, kind: str) -> No
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_of_somebody_else_is_merged_by_peft_alone(
-    byte_folder: Path, adapter: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_of_somebody_else_is_merged_by_peft_alone(byte_folder: Path, adapter: Path, tmp_path: Path) -> None:
     """Without our card: peft's own config names the base; shapes that don't fit are refused."""
     bare = tmp_path / "bare"
     bare.mkdir()

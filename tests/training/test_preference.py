@@ -45,6 +45,8 @@ def test_rows_hold_each_target_once_with_its_rivals(corpus: Corpus, byte_folder:
             own, *rivals = [row.label[row.sequence == s].tolist() for s in np.flatnonzero(row.group == g)]
             assert own == list(at[log.item[p]])
             assert len(rivals) == 2
+            starts = {int(row.at[row.sequence == s][0]) for s in np.flatnonzero(row.group == g)}
+            assert len(starts) == 1, "all hang where the title itself begins"
             past = log.item[log.before(int(p))].tolist()
             for rival in rivals:
                 item = next(i for i, tokens in enumerate(at) if list(tokens) == rival)

@@ -43,7 +43,9 @@ program("next_item")
 def test_two_processes_take_the_steps_of_one(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
     """Three packs a step: one process has two of them, the other one; and rows of unequal weight and number."""
     shared = {"packs_per_step": 3, "pack_tokens": 200, "epochs": 2, "eval_users": 4, "eval_every": 3, "patience": 9}
-    preference = settings(byte_folder, PreferenceConfig, **shared, learning_rate=2e-3, negatives=2, likelihood_weight=0.3)
+    preference = settings(
+        byte_folder, PreferenceConfig, **shared, learning_rate=2e-3, negatives=2, likelihood_weight=0.3
+    )
     plain = settings(byte_folder, **shared, popularity_power=0.7)
     toy.save(tmp_path / "data")
     (tmp_path / "preference.json").write_text(preference.model_dump_json())

@@ -47,11 +47,8 @@ OPTIONS = {
 
 
 def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
-    options = [part for pair in OPTIONS.items() for part in pair]
-    return [sys.executable, str(PROGRAM), "--model", str(model), "--data", str(data), "--out", str(out)] + [
-        *options,
-        *more,
-    ]
+    places = {"--model": model, "--data": data, "--out": out}
+    return [sys.executable, str(PROGRAM), *(str(x) for pair in {**places, **OPTIONS}.items() for x in pair), *more]
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -198,8 +195,8 @@ def test_other_data_another_model_or_template_are_refused(
     text = (shipped("prompts") / "next_item.jinja").read_text(encoding="utf-8")
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "next_item.jinja").write_text(text.replace("One user's", "A user's"), encoding="utf-8")
+    changed = settings(byte_folder, max_steps=2, prompts=str(tmp_path / "prompts"))
     with pytest.raises(ConfigError, match="template_texts"):
-        changed = settings(byte_folder, max_steps=2, prompts=str(tmp_path / "prompts"))
         finetune("next_item", changed, toy, begun, resume=True)
 
 
@@ -312,7 +309,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
 
     def fill(record: dict[str, Any]) -> None:
         if record["step"] == 5 and record["kind"] == "step":
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
 
     with largest_file(2**40), pytest.raises(StorageError, match="no room"):
@@ -333,7 +330,7 @@ def test_a_full_disk_while_the_log_is_written(toy: Dataset, byte_folder: Path, t
 
     def fill(record: dict[str, Any]) -> None:
         if record["step"] == 3 and record["kind"] == "step":
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, ((out / "log.jsonl").stat().st_size + left, hard))
 
     with largest_file(2**40), pytest.raises(StorageError, match="no room"):

@@ -38,7 +38,24 @@ def templates() -> Templates:
 
 # -- the template is prefix-closed, through the tokenizer ------------------------------------------
 
-ODD = ["\n", "  ", ")", '"', "<|im_end|>", "</s>", "<think>", "{{ x }}", "é", "é", "人", "🎬", "👨‍👩‍👧", "\u202e", "\t-", "1"]
+ODD = [
+    "\n",
+    "  ",
+    ")",
+    '"',
+    "<|im_end|>",
+    "</s>",
+    "<think>",
+    "{{ x }}",
+    "é",
+    "é",
+    "人",
+    "🎬",
+    "👨‍👩‍👧",
+    "\u202e",
+    "\t-",
+    "1",
+]
 TITLE = st.lists(st.one_of(st.sampled_from(ODD), st.text(max_size=8)), min_size=1, max_size=5).map("".join)
 
 

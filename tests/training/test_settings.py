@@ -19,7 +19,7 @@ from penchant.training.recipes import CONFIGS
 from penchant.training.settings import describe, read_settings
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "finetune" / "configs"
-SHIPPED = sorted(p.name for p in CONFIG_FOLDER.glob("*.yaml") if p.name.split(".")[0].split("-")[0] in CONFIGS)
+SHIPPED = sorted(p for p in CONFIG_FOLDER.glob("*.yaml") if p.stem.partition("-")[0] in CONFIGS)
 
 
 def read(*options: str, kind: type[TrainConfig] = NextItemConfig, path: Path | None = None) -> Any:
@@ -30,14 +30,12 @@ def read(*options: str, kind: type[TrainConfig] = NextItemConfig, path: Path | N
 
 
 def test_every_recipe_ships_a_file() -> None:
-    assert {name.split(".")[0].split("-")[0] for name in SHIPPED} == set(CONFIGS)
+    assert {path.stem.partition("-")[0] for path in SHIPPED} == set(CONFIGS)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_file_is_valid(name: str) -> None:
-    recipe = name.split(".")[0].split("-")[0]
-    path = CONFIG_FOLDER / name
-    found = read(kind=CONFIGS[recipe], path=path)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_file_is_valid(path: Path) -> None:
+    found = read(kind=CONFIGS[path.stem.partition("-")[0]], path=path)
     for key, value in yaml.safe_load(path.read_text()).items():
         got = getattr(found, key)
         if isinstance(got, BaseModel):

@@ -26,14 +26,13 @@ from penchant.evaluation.baselines.sasrec import SASRec
 from penchant.evaluation.baselines.tune import grid, tune
 from penchant.evaluation.evaluate import Protocol, tabulate
 from penchant.evaluation.leaks import LeakCheck, check_run
-from penchant.evaluation.ours import own_systems
-from penchant.evaluation.ranking import Ranked
 from penchant.evaluation.report import Report, environment
 from penchant.evaluation.statistics import Spread
 from penchant.evaluation.store import Finished, Store, key_of
 from penchant.evaluation.systems import System
 from penchant.evaluation.tasks import Asked, Task, asked_of, read_data, split_of
-from penchant.interest.encoder import EncoderConfig
+from penchant.files import sha256_file, staged_file
+from penchant.interest.encoder import EncoderConfig, InterestEncoder
 from penchant.interest.train import train_encoder
 from penchant.interest.vectors import default_layer, item_vectors, standardise
 from penchant.prompt import Templates
@@ -42,7 +41,7 @@ from penchant.recommend import Recommender, Stages, silent
 if TYPE_CHECKING:
     from penchant.engine import Engine
 
-# Our encoder's variants: name -> (text vectors, ID embeddings). FULL is the one with both, and the LLM behind it.
+# Our encoder's variants: name -> (text vectors, ID embeddings). FULL is the LLM behind the one with both.
 VARIANTS = {"encoder: ids": (False, True), "encoder: text": (True, False), "encoder: ids + text": (True, True)}
 BOTH = "encoder: ids + text"
 FULL = "full"
@@ -73,6 +72,8 @@ class Comparison:
     def __post_init__(self) -> None:
         baselines = self.task.baselines or [name for name in NAMES if name != "llm"]
         self.systems = self.systems or [*baselines, *VARIANTS, FULL]
+        if FULL in self.systems and BOTH not in self.systems:
+            self.systems = [*self.systems, BOTH]
         unknown = [name for name in self.systems if name not in SYSTEMS]
         if unknown:
             raise ConfigError(
@@ -105,18 +106,25 @@ class Comparison:
         return self.templates.item_texts(items, self.split.log.item_ids).texts
 
     @cached_property
-    def vectors(self) -> NDArray[np.float32]:
-        """Standardised LLM vectors of the items, (n_items, d)."""
-        layer = default_layer(self.engine.n_layers) if self.task.fit.layer is None else self.task.fit.layer
-        found = item_vectors(
+    def layer(self) -> int:
+        return default_layer(self.engine.n_layers) if self.task.fit.layer is None else self.task.fit.layer
+
+    @cached_property
+    def raw_vectors(self) -> NDArray[np.float32]:
+        """LLM vectors of the items as they come, (n_items, d)."""
+        return item_vectors(
             self.engine,
             self.texts,
-            layer=layer,
+            layer=self.layer,
             pooling=self.task.fit.pooling,
             template_hash=self.templates.hash("item"),
             progress=self.stages("embed items", len(self.texts)),
         )
-        return standardise(found)
+
+    @cached_property
+    def vectors(self) -> NDArray[np.float32]:
+        """The same, standardised."""
+        return standardise(self.raw_vectors)
 
     def key(self, name: str, seed: int, **more: Any) -> str:
         """Of all that decides this system's result."""
@@ -132,7 +140,8 @@ class Comparison:
         seed = self.task.seeds[0] if name in _DETERMINISTIC else seed
         key = self.key(name, seed)
         found = self.store.load(name, seed, key)
-        if found is not None:
+        weights = self.store.weights(name, seed)
+        if found is not None and (name != BOTH or _hash(weights) == found.record["weights"]):
             self.say(f"{name}, seed {seed}: stored")
             return found
         if not self._time_left(f"{name}, seed {seed}"):
@@ -140,7 +149,12 @@ class Comparison:
         begun = time.perf_counter()
         fitted = self._fit(name, seed)
         ranked = self.asked.protocol(self.task, seed).rank(fitted.system, self.asked.targets, self.stages)
-        made = Finished(ranked, {"seed": seed, "fit": fitted.to_dict()})
+        record: dict[str, Any] = {"seed": seed, "fit": fitted.to_dict()}
+        if name == BOTH and isinstance(fitted.system, SASRec):  # what the full model is made of
+            with staged_file(weights) as stage:
+                fitted.system.encoder.save(stage)
+            record["weights"] = sha256_file(weights)
+        made = Finished(ranked, record)
         self.store.save(name, seed, key, made)
         self.say(f"{name}, seed {seed}: {time.perf_counter() - begun:.1f} s")
         return made
@@ -193,14 +207,13 @@ class Comparison:
 
     def report(self, seed: int) -> dict[str, Any]:
         """The seed's whole table as a dict, the full model's LLM stage included; stored too."""
-        # With one trial the variant of the full model has nothing to choose: the full model's encoder is that variant.
-        same = {FULL, BOTH} if FULL in self.systems and self.task.budget.trials == 1 else {FULL}
-        made = {name: self.finished(name, seed) for name in self.systems if name not in same}
+        made = {name: self.finished(name, seed) for name in self.systems if name != FULL}
         done = {name: one for name, one in made.items() if one is not None}
         protocol = self.asked.protocol(self.task, seed)
-        full = FULL in self.systems and self._time_left(f"the full model, seed {seed}")
+        full = BOTH in done and FULL in self.systems and self._time_left(f"the full model, seed {seed}")
         kind = FULL if full else "table"
-        key = self.key(kind, seed, systems=list(done), protocol=protocol.to_dict(), left_out=self.left_out)
+        parts = {name: one.record["fit"] for name, one in done.items()}
+        key = self.key(kind, seed, parts=parts, protocol=protocol.to_dict(), left_out=self.left_out)
         stored = self.store.record(kind, seed, key)
         if stored is not None:
             self.say(f"report, seed {seed}: stored")
@@ -211,18 +224,17 @@ class Comparison:
         self.store.save_record(kind, seed, key, {"report": found})
         return found
 
-    def _table(
-        self, done: dict[str, Finished], protocol: Protocol, model: Recommender | None = None, own: Ranked | None = None
-    ) -> Report:
-        ours = {name: one for name, one in done.items() if name in VARIANTS and not (own and name == BOTH)}
+    def _table(self, done: dict[str, Finished], protocol: Protocol, model: Recommender | None = None) -> Report:
+        # Ours first, and of these the one that retrieves for the LLM.
+        ours = {name: done[name] for name in reversed(VARIANTS) if name in done}
         theirs = {name: one for name, one in done.items() if name not in VARIANTS}
-        ranked = [*([own] if own else []), *(one.ranked for one in [*reversed(ours.values()), *theirs.values()])]
+        ranked = [one.ranked for one in (*ours.values(), *theirs.values())]
         report = tabulate(
             self.split,
             self.asked.targets,
             protocol,
             ranked,
-            [one.ranked.system for one in theirs.values()] if own or ours else [],
+            [one.ranked.system for one in theirs.values()] if ours else [],
             model=model,
             vectors=self.vectors if model else None,
             fit_seconds={one.ranked.system: one.record["fit"]["chosen"]["fit_seconds"] for one in done.values()},
@@ -245,22 +257,28 @@ class Comparison:
         return report
 
     def _full(self, done: dict[str, Finished], protocol: Protocol, seed: int) -> Report:
-        fit = self.task.fit
-        encoder = fit.encoder.model_copy(update={"seed": seed})
-        if BOTH in done:
-            encoder = EncoderConfig.model_validate(done[BOTH].record["fit"]["chosen"]["config"])
+        """The LLM behind the encoder that was stored, its weight chosen on validation."""
+        fit, record = self.task.fit, done[BOTH].record
+        config = EncoderConfig.model_validate(record["fit"]["chosen"]["config"])
+        items = self.split.log.n_items
         with self._timed(f"full model, seed {seed}"):
-            model = Recommender.fit(
-                self.split,
-                self.engine,
-                fit.model_copy(update={"seed": seed, "encoder": encoder}),
-                stages=self.stages,
-            )
+            model = Recommender(
+                split=self.split,
+                config=fit.model_copy(update={"seed": seed, "encoder": config, "layer": self.layer}),
+                templates=self.templates,
+                texts=self.texts,
+                vectors=self.raw_vectors,
+                encoder=InterestEncoder.load(self.store.weights(BOTH, seed), config, items, self.vectors),
+                engine_source=self.engine.source,
+                fingerprint=self.engine.fingerprint,
+            ).with_ranker(self.engine, stages=self.stages)
             checked: LeakCheck = check_run(model, texts=100, seed=seed)
-            own = protocol.rank(own_systems(model)[0], self.asked.targets, self.stages)
-            report = self._table(done, protocol, model, own)
+            report = self._table(done, protocol, model)
         report.notes.append(checked.note())
-        report.seconds.update({f"fit: {name}": round(value, 2) for name, value in model.seconds.items()})
+        report.notes.append(
+            f"the LLM's weight was chosen on {model.fusion.n_users:,} validation users, besides the encoder's budget"
+        )
+        report.seconds.update({name: round(value, 2) for name, value in model.seconds.items()})
         return report
 
     @contextmanager
@@ -314,6 +332,10 @@ def spread(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _row_key(row: dict[str, Any]) -> tuple[str, str]:
     """A row's group and system, whatever the seed: the fusion's numbers and the sample's seed differ between them."""
     return row["group"].partition(" (seed")[0], row["system"].partition(" (weight")[0]
+
+
+def _hash(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None
 
 
 def _as_name(name: str) -> Name:

@@ -96,6 +96,7 @@ def evaluate(
     slices: bool = True,
     item_columns: Sequence[str] = (),
     users: pl.DataFrame | None = None,
+    n_examples: int = 10,
     stages: Stages = silent,
 ) -> Report:
     """Recall@k, NDCG@k and MRR with 95% intervals, on ``targets`` (the split's test targets by default).
@@ -103,7 +104,7 @@ def evaluate(
     ``llm_users`` targets, drawn with ``seed``, go through the LLM stage (0: none do). ``average``: events count
     alike, or users do. ``seen``, ``seen_last`` and ``candidates`` are those of ``rank_targets``. ``baselines`` stand
     beside the built-in ones, and ours is tested against the best of them. ``slices`` also by ``item_columns`` and
-    by every column of ``users`` (a table with user_id).
+    by every column of ``users`` (a table with user_id). ``n_examples`` real users are shown with their titles.
 
     Raises DataError where there are no targets, one is a training event, or the leak check finds something.
     """
@@ -126,6 +127,7 @@ def evaluate(
         slices=slices,
         item_columns=item_columns,
         users=users,
+        n_examples=n_examples,
         stages=stages,
     )
     report.notes.append(checked.note())

@@ -22,7 +22,8 @@ CALIBRATED = "llm likelihood - no-history likelihood"
 class LLMStage:
     """What the LLM made of n targets, and what it took.
 
-    ``ranked`` has the plain likelihood, the calibrated one, and the model's own fusion, in that order. ``choices``
+    ``ranked`` has the plain likelihood and the calibrated one (or the answer to another question that the model asks
+    the LLM), and the model's own fusion last. ``choices``
     (n,) is how many candidates each target stands among, 0 where it is none of them. ``seconds`` and ``tokens``
     (None where the engine does not count) are of scoring the candidates; ``prior_seconds`` of the no-history
     likelihoods, which are computed once for a catalogue.
@@ -62,12 +63,16 @@ def run_llm_stage(
     items, interest = _candidates(model, histories, seen, seen_last, candidates)
     engine = model.engine
     begun, counted = time.perf_counter(), _tokens(engine)
-    likelihood = model.ranker.likelihoods(histories, items, stages("LLM on test users", len(histories)))
+    likelihood = model.ranker.scores(histories, items, stages("LLM on test users", len(histories)))
     seconds, after = time.perf_counter() - begun, _tokens(engine)
     begun = time.perf_counter()
     model.ranker.priors(np.unique(np.concatenate(items)), stages("LLM without history", 1))
     prior_seconds = time.perf_counter() - begun
-    variants = {LIKELIHOOD: Fusion(1.0, 0.0), CALIBRATED: Fusion(1.0, 1.0), fused_name(model.fusion): model.fusion}
+    alone = Fusion(1.0, 0.0)
+    asked = {LIKELIHOOD: alone, CALIBRATED: Fusion(1.0, 1.0)}
+    if model.config.question != "likelihood":  # there is nothing to take out of an answer
+        asked = {f"llm {model.config.question}": alone}
+    variants = asked | {fused_name(model.fusion): model.fusion}
     ranked = []
     for name, fusion in variants.items():
         scores = [

@@ -71,6 +71,10 @@ class Store:
         """A result that is JSON alone."""
         write_json(self._path(name, seed), {"key": key, **record})
 
+    def weights(self, name: str, seed: int) -> Path:
+        """Where a system's own weights are kept, if it has any."""
+        return self._path(name, seed).with_suffix(".safetensors")
+
     def _path(self, name: str, seed: int) -> Path:
         return self.folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
 
