@@ -91,7 +91,10 @@ def test_the_wheel_holds_nothing_else(names: set[str]) -> None:
     unwanted = ("tests/", "/test_", "__pycache__", ".pyc", "finetune/", "eval/", "conftest", "/runs/", "/results/")
     assert [name for name in names if any(part in name for part in unwanted)] == []
     outside = {name for name in names if not name.endswith(".py") and name.startswith("penchant/")}
-    assert {name for name in outside if "/_shipped/" not in name} == {"penchant/py.typed", "penchant/evaluation/page.html.jinja"}
+    assert {name for name in outside if "/_shipped/" not in name} == {
+        "penchant/py.typed",
+        "penchant/evaluation/page.html.jinja",
+    }
 
 
 def test_the_metadata_say_how_to_start_it_and_what_it_needs(wheel: Path) -> None:

@@ -705,6 +705,24 @@ def test_answers_that_find_no_room(arguments: list[str]) -> None:
     assert lines[1].startswith("  remedy: ")
 
 
+def test_no_room_for_the_temporary_files_of_libraries(ready: Any, tmp_path: Path) -> None:
+    """In a process of its own: the libraries themselves cannot be imported on a disk without a free byte."""
+    program = (
+        "import resource, signal, sys\n"
+        "hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))\n"
+        "from penchant.cli import main\n"
+        f"sys.argv = ['penchant', 'evaluate', {str(ready.run)!r}, '--llm-users', '0']\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=tmp_path, env={**os.environ}
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("  remedy: free disk space"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # -- a full disk -------------------------------------------------------------------------------
 
 # One process for all verbs and limits: the file-size limit stands in for a disk with so much room left.
@@ -712,6 +730,7 @@ FULL_DISK = """
 import contextlib, io, json, resource, shutil, sys, traceback
 from pathlib import Path
 from penchant.cli import main
+import penchant.evaluation.evaluate, penchant.engine.loading  # an import that failed half way cannot be tried again
 
 log, items, data, run, *fit = sys.argv[1:]
 users = [argument for n in range(30) for argument in ("--user", f"u{n}")]

@@ -69,6 +69,31 @@ def test_the_loss_of_a_step_is_the_mean_over_its_weighted_tokens(
     assert losses_of(tmp_path / "run") == [pytest.approx(summed / weight, rel=1e-5)]
 
 
+def test_the_steps_are_adamws_on_the_clipped_gradient_of_the_mean(
+    toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    """The whole loop written out: one row a forward, and torch's own optimiser."""
+    config = settings(byte_folder, max_steps=6, epochs=3, weight_decay=0.1, max_grad_norm=0.5, warmup=0)
+    loop, _ = run(toy, config, tmp_path / "run")
+    recipe, task = task_of(toy, config)
+    student = recipe.student.train()
+    weights = list(student.trainable().values())
+    optimiser = torch.optim.AdamW(weights, lr=1.0, weight_decay=0.1)
+    losses = []
+    for record in steps_of(tmp_path / "run"):
+        rows = [task.rows[r] for pack in loop.plan.step(record["step"] - 1) for r in pack]
+        mean = torch.stack([-student(collate([[row]], torch.float32)).sum() for row in rows]).sum()
+        mean = mean / sum(len(row.label) for row in rows)
+        optimiser.zero_grad()
+        torch.autograd.backward(mean)
+        torch.nn.utils.clip_grad_norm_(weights, 0.5)
+        optimiser.param_groups[0]["lr"] = record["learning_rate"]
+        optimiser.step()
+        losses.append(float(mean.detach()))
+    assert losses_of(tmp_path / "run") == pytest.approx(losses, rel=1e-5)
+    assert max(r["gradient_norm"] for r in steps_of(tmp_path / "run")) > 0.5, "something was clipped"
+
+
 def same_losses(toy: Dataset, folder: Path, out: Path, **changes: Any) -> list[float]:
     config = settings(folder, max_steps=4, epochs=4, packs_per_step=4, pack_tokens=128, eval_every=99, **changes)
     with warnings.catch_warnings():

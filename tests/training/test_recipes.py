@@ -349,8 +349,8 @@ def test_tallrecs_examples_need_no_dataset(byte_folder: Path, prompts: Path, tmp
         examples=examples(tmp_path / "train.json.gz", 60),
         valid_examples=examples(tmp_path / "valid.json.gz", 40),
         pack_tokens=512,
-        epochs=8,
-        max_rows=48,
+        epochs=6,
+        max_rows=36,
         eval_users=40,
         learning_rate=2e-2,
         patience=9,
@@ -359,9 +359,7 @@ def test_tallrecs_examples_need_no_dataset(byte_folder: Path, prompts: Path, tmp
     found = steps_of(tmp_path / "run", "validation")
     assert max(r["AUC"] for r in found) > 0.9, "a year tells the answer"
     assert found[-1]["valid_loss"] < found[0]["valid_loss"]
-    assert len({r["examples"] for r in steps_of(tmp_path / "run")}) >= 1
-    first = steps_of(tmp_path / "run")
-    assert sum(r["examples"] for r in first) == 48 * 8, "max_rows of them in every epoch"
+    assert sum(r["examples"] for r in steps_of(tmp_path / "run")) == 36 * 6, "max_rows of them in every epoch"
 
 
 def test_a_recipe_without_data_is_refused(byte_folder: Path, tmp_path: Path) -> None:
@@ -434,7 +432,8 @@ def test_splits_are_cut_as_asked_for(toy: Dataset, byte_folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:no validation in", "ignore:nothing learnt")
 def test_choose_learns_on_the_toy_data(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
     prompts = letter_prompts(tmp_path / "prompts")
-    config = made("choose", byte_folder, prompts, max_steps=None, epochs=6, packs_per_step=4, learning_rate=2e-2)
+    few = {"letters": 3, "targets_per_user": 1, "max_history": 2, "max_rows": 16}
+    config = made("choose", byte_folder, prompts, **few, max_steps=20, epochs=99, learning_rate=2e-2)
     finetune("choose", config, toy, tmp_path / "run")
     losses = losses_of(tmp_path / "run")
-    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])

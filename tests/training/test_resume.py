@@ -17,11 +17,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import tiny
+from tests.conftest import toy_frames
 from tests.training.helpers import losses_of, settings, steps_of
 
 from penchant.data.dataset import Dataset
 from penchant.errors import ConfigError, PenchantError, StorageError
+from penchant.resources import shipped
 from penchant.training.checkpoints import checkpoints, load_checkpoint, prune, save_checkpoint
+from penchant.training.loop import Outcome
 from penchant.training.recipes import finetune
 from penchant.training.student import Student, load_student
 
@@ -117,23 +121,37 @@ def stop_after(records: int) -> Any:
     return stop
 
 
+# What the tests below break off in all ways: ten steps, a checkpoint every second, validation at the fifth.
+SHORT: dict[str, Any] = {"epochs": 2, "checkpoint_every": 2, "eval_every": 5, "patience": 2}
+
+
+@pytest.fixture(scope="module")
+def whole(byte_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """The same run, unbroken."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PENCHANT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return out, finetune("next_item", settings(byte_folder, **SHORT), Dataset.read(*toy_frames()), out)
+
+
 @pytest.mark.parametrize("records", [1, 2, 4, 9])
 def test_wherever_it_is_broken_off_the_log_is_the_unbroken_runs(
-    toy: Dataset, byte_folder: Path, tmp_path: Path, records: int
+    toy: Dataset, byte_folder: Path, tmp_path: Path, whole: tuple[Path, Outcome], records: int
 ) -> None:
     """Before the first checkpoint, right after it, and between two of them."""
-    config = settings(byte_folder, epochs=2, checkpoint_every=2, eval_every=5, patience=2)
+    config = settings(byte_folder, **SHORT)
     with pytest.raises(KeyboardInterrupt):
         finetune("next_item", config, toy, tmp_path / "broken", on_record=stop_after(records))
     broken = finetune("next_item", config, toy, tmp_path / "broken", resume=True)
-    whole = finetune("next_item", config, toy, tmp_path / "whole")
-    assert losses_of(tmp_path / "broken") == losses_of(tmp_path / "whole")
+    out, unbroken = whole
+    assert losses_of(tmp_path / "broken") == losses_of(out)
     kinds = [
-        [(r["kind"], r["step"]) for r in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())]
-        for name in ("broken", "whole")
+        [(r["kind"], r["step"]) for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
+        for folder in (tmp_path / "broken", out)
     ]
     assert kinds[0] == kinds[1], "no step and no validation is missing or there twice"
-    assert (broken.best_step, broken.targets, broken.stopped) == (whole.best_step, whole.targets, whole.stopped)
+    for name in ("best_step", "targets", "stopped"):
+        assert getattr(broken, name) == getattr(unbroken, name)
 
 
 def test_a_finished_run_resumed_trains_no_more(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
@@ -151,8 +169,6 @@ def test_a_finished_run_resumed_trains_no_more(toy: Dataset, byte_folder: Path, 
 @pytest.fixture(scope="module")
 def begun(byte_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, made once."""
-    from tests.conftest import toy_frames
-
     out = tmp_path_factory.mktemp("begun") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PENCHANT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -181,17 +197,12 @@ def test_another_setting_is_refused_by_its_name(
 def test_other_data_another_model_or_template_are_refused(
     toy: Dataset, byte_folder: Path, begun: Path, tmp_path: Path
 ) -> None:
-    from tests import tiny
-    from tests.conftest import toy_frames
-
     config = settings(byte_folder, max_steps=2)
     with pytest.raises(ConfigError, match="in: data"):
         finetune("next_item", config, Dataset.read(*toy_frames(seed=9)), begun, resume=True)
     tiny.save_model(tmp_path / "model", "byte", seed=5)
     with pytest.raises(ConfigError, match=r"in: base, config\.model$|in: base, config\.model\n"):
         finetune("next_item", settings(tmp_path / "model", max_steps=2), toy, begun, resume=True)
-    from penchant.resources import shipped
-
     text = (shipped("prompts") / "next_item.jinja").read_text(encoding="utf-8")
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "next_item.jinja").write_text(text.replace("One user's", "A user's"), encoding="utf-8")
@@ -302,9 +313,9 @@ def largest_file(n: int) -> Iterator[None]:
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
-    toy: Dataset, byte_folder: Path, tmp_path: Path
+    toy: Dataset, byte_folder: Path, tmp_path: Path, whole: tuple[Path, Outcome]
 ) -> None:
-    config = settings(byte_folder, epochs=2, checkpoint_every=2, eval_every=99)
+    config = settings(byte_folder, **SHORT)
     out = tmp_path / "run"
 
     def fill(record: dict[str, Any]) -> None:
@@ -318,26 +329,26 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
     assert left[-1].name == "step-0000004"
     assert [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith(".")] == []
     finetune("next_item", config, toy, out, resume=True)
-    whole = finetune("next_item", config, toy, tmp_path / "whole")
-    assert losses_of(out) == losses_of(tmp_path / "whole")
-    assert len(losses_of(out)) == whole.steps == 10
+    assert losses_of(out) == losses_of(whole[0])
+    assert len(losses_of(out)) == 10
 
 
-@pytest.mark.parametrize("left", [10, 600])
-def test_a_full_disk_while_the_log_is_written(toy: Dataset, byte_folder: Path, tmp_path: Path, left: int) -> None:
-    config = settings(byte_folder, epochs=2, checkpoint_every=2, eval_every=99)
+def test_a_full_disk_while_the_log_is_written(
+    toy: Dataset, byte_folder: Path, tmp_path: Path, whole: tuple[Path, Outcome]
+) -> None:
+    """The line is torn in its middle; the run goes on from the checkpoint before it."""
+    config = settings(byte_folder, **SHORT)
     out = tmp_path / "run"
 
     def fill(record: dict[str, Any]) -> None:
         if record["step"] == 3 and record["kind"] == "step":
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, ((out / "log.jsonl").stat().st_size + left, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((out / "log.jsonl").stat().st_size + 150, hard))
 
     with largest_file(2**40), pytest.raises(StorageError, match="no room"):
         finetune("next_item", config, toy, out, on_record=fill)
     finetune("next_item", config, toy, out, resume=True)
-    finetune("next_item", config, toy, tmp_path / "whole")
-    assert losses_of(out) == losses_of(tmp_path / "whole")
+    assert losses_of(out) == losses_of(whole[0])
 
 
 def test_a_full_disk_while_the_adapter_is_published(

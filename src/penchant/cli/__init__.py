@@ -69,6 +69,11 @@ def main() -> None:
         err.print(f"error: {error}")
         sys.exit(2)
     except OSError as error:
+        if "No usable temporary directory" in str(error):  # libraries look for one when they are imported
+            err.print(
+                f"error: temporary folder: no room to write it ({error})\n  remedy: free disk space, or set TMPDIR"
+            )
+            sys.exit(2)
         if not disk_full(error):
             raise
         err.print(f"error: stdout: no room to write it ({error})\n  remedy: free disk space and run it again")

@@ -41,8 +41,8 @@ def windows(sequence: NDArray[np.integer], length: int) -> list[NDArray[np.integ
 
 def batch_size(rows: Sequence[NDArray[np.integer]], config: EncoderConfig) -> int:
     """Rows in a training step: few long histories or many short ones hold as many targets."""
-    if config.batch_rows is not None:
-        return config.batch_rows
+    if config.batch_rows is not None or not rows:
+        return config.batch_rows or 1
     return int(np.clip(_BATCH_EVENTS / np.mean([len(row) for row in rows]), 8, 512))
 
 

@@ -196,7 +196,19 @@ class Recipe:
         valid = self.valid()
         loss, weight = task_loss(self.name, config)
         score, name = self._score(valid)
-        return Task(self.name, self.rows(), valid, loss, weight, score, name)
+        rows = self.rows()
+        self._require_context(int(rows.lengths.max()))
+        return Task(self.name, rows, valid, loss, weight, score, name)
+
+    def _require_context(self, longest: int) -> None:
+        """Guard: positions past a model's context are trained to no purpose, and without a word from the model."""
+        context = getattr(self.student.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and longest > context:
+            raise ConfigError(
+                f"a row has {longest} tokens, and the model's context only {context}",
+                where="training",
+                remedy="lower pack_tokens, prompt_tokens, max_history or window",
+            )
 
     def _score(self, valid: Sequence[Row]) -> tuple[Callable[[Student], dict[str, float]] | None, str]:
         config = self.config
