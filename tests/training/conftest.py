@@ -21,6 +21,18 @@ def _alone() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def picture() -> None:
+    """For tests that want the curves drawn."""
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes a third of these short runs' time."""
+    if "picture" not in request.fixturenames:
+        monkeypatch.setattr("penchant.training.recipes.plot", lambda *args: None)
+
+
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a yes_no template whose labels are single tokens of the tiny model."""

@@ -38,6 +38,7 @@ QUICK: dict[str, Any] = {
     "candidates": 6,
     "retriever_epochs": 2,
     "eval_users": 0,
+    "eval_every": 50,
 }
 
 

@@ -36,18 +36,28 @@ def test_an_adapter_that_changes_no_logit_is_refused_where_it_is_loaded(byte_fol
         load_engine(byte_folder, tmp_path / "new", dtype="float32", device="cpu")
 
 
-def test_a_run_that_kept_its_untrained_adapter_warns_and_nobody_serves_it(
+def test_a_run_that_made_the_model_worse_says_so_and_keeps_what_it_trained(
     toy: Dataset, byte_folder: Path, tmp_path: Path
 ) -> None:
     config = settings(byte_folder, learning_rate=30.0, max_steps=1)
-    with pytest.warns(UserWarning, match="as it began|nothing learnt") as caught:
+    with pytest.warns(UserWarning, match="untuned model may serve|nothing learnt") as caught:
         outcome = finetune("next_item", config, toy, tmp_path / "run")
-    assert outcome.best_step == 0
-    assert any("as it began" in str(w.message) for w in caught)
+    assert outcome.best_step == 1
+    assert any("untuned model may serve better" in str(w.message) for w in caught)
     card = json.loads((tmp_path / "run" / "penchant.json").read_text())
-    assert any("as it began" in w for w in card["outcome"]["warnings"])
-    with pytest.raises(ModelError, match="changes no logit"):
-        load_engine(byte_folder, tmp_path / "run", dtype="float32", device="cpu")
+    assert any("untuned model may serve better" in w for w in card["outcome"]["warnings"])
+    load_engine(byte_folder, tmp_path / "run", dtype="float32", device="cpu")
+
+
+def test_training_that_leaves_every_logit_as_it_was_is_an_error(
+    toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    config = settings(byte_folder, learning_rate=1e-30, max_steps=1)
+    with (
+        pytest.warns(UserWarning, match="untuned model may serve|nothing learnt"),
+        pytest.raises(ModelError, match="changes no logit"),
+    ):
+        finetune("next_item", config, toy, tmp_path / "run")
 
 
 def tampered(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
@@ -141,9 +151,9 @@ def test_a_rate_far_too_high_stops(toy: Dataset, byte_folder: Path, tmp_path: Pa
 
 def test_nothing_learnt_in_fifty_steps_is_said_aloud(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
     config = settings(
-        byte_folder, learning_rate=1e-12, epochs=99, max_steps=51, packs_per_step=1, pack_tokens=96, eval_every=99
+        byte_folder, learning_rate=1e-7, epochs=99, max_steps=51, packs_per_step=1, pack_tokens=96, eval_every=99
     )
-    with pytest.warns(UserWarning, match="as it began|nothing learnt") as caught:
+    with pytest.warns(UserWarning, match="untuned model may serve|nothing learnt") as caught:
         outcome = finetune("next_item", config, toy, tmp_path / "run")
     said = [str(w.message) for w in caught if "nothing learnt in 50 steps" in str(w.message)]
     assert len(said) == 1

@@ -39,7 +39,7 @@ program("next_item")
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.filterwarnings("ignore:no validation in")  # by four users' NDCG
+@pytest.mark.filterwarnings("ignore:no validation", "ignore:nothing learnt")  # a few steps need not help
 def test_two_processes_take_the_steps_of_one(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
     """Three packs a step: one process has two of them, the other one; and rows of unequal weight and number."""
     shared = {"packs_per_step": 3, "pack_tokens": 200, "epochs": 2, "eval_users": 4, "eval_every": 3, "patience": 9}
@@ -72,13 +72,13 @@ def test_two_processes_take_the_steps_of_one(toy: Dataset, byte_folder: Path, tm
         assert any(len(plan.step(s)) % 2 for s in range(plan.steps_per_epoch)), "the share is uneven"
         finetune(name, config, toy, one, accelerator=make_accelerator(config, one))
         assert len(losses_of(one)) >= 6
-        assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-5), name
+        assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5), name
         for key in ("examples", "targets", "tokens"):
             assert [r[key] for r in steps_of(two)] == [r[key] for r in steps_of(one)], (name, key)
         norms = [[r["gradient_norm"] for r in steps_of(o)] for o in (one, two)]
         assert norms[1] == pytest.approx(norms[0], rel=1e-4)
         for got, wanted in zip(steps_of(two, "validation"), steps_of(one, "validation"), strict=True):
-            assert got["valid_loss"] == pytest.approx(wanted["valid_loss"], abs=1e-5)
+            assert got["valid_loss"] == pytest.approx(wanted["valid_loss"], rel=1e-5)
             assert got["score"] == pytest.approx(wanted["score"], abs=1e-6)
         mine, other = (load_file(o / "adapter_model.safetensors") for o in (two, one))
         for key, value in other.items():

@@ -27,6 +27,9 @@ from penchant.training.config import ChooseConfig, NextItemConfig, PreferenceCon
 from penchant.training.recipes import CONFIGS, TEMPLATES, Recipe, cut, finetune
 from penchant.training.student import Student, load_student
 
+# A few steps on a random model need not help: that is test_guards.py's matter.
+pytestmark = pytest.mark.filterwarnings("ignore:no validation", "ignore:nothing learnt")
+
 PROMPTS = ["One user's history, in the order of time, one title a line:\nHeat (1995)\n", "a b c"]
 TEXTS = ["Alien (1979)\n", "Up (2009)\n", "Toy Story (1995)\n", "M"]
 
@@ -79,10 +82,9 @@ def reload_scores(base: Path, adapter: Path) -> tuple[Any, Any, Any]:
     return served, stock, alone
 
 
-@pytest.mark.filterwarnings("ignore:no validation in", "ignore:nothing learnt")
 @pytest.mark.parametrize("name", KINDS)
 def test_each_recipe_leaves_an_adapter_that_reloads_to_the_same_scores(
-    trained: list[Recipe], toy: Dataset, byte_folder: Path, prompts: Path, tmp_path: Path, name: str
+    picture: None, trained: list[Recipe], toy: Dataset, byte_folder: Path, prompts: Path, tmp_path: Path, name: str
 ) -> None:
     config = made(name, byte_folder, prompts, eval_users=4)
     outcome = finetune(name, config, toy, tmp_path / "run")
@@ -109,7 +111,6 @@ def test_each_recipe_leaves_an_adapter_that_reloads_to_the_same_scores(
     assert not {"new", "README.md"} & left
 
 
-@pytest.mark.filterwarnings("ignore:no validation in", "ignore:nothing learnt")
 def test_what_is_saved_beside_the_adapter(toy: Dataset, byte_folder: Path, prompts: Path, tmp_path: Path) -> None:
     config = made("yes_no", byte_folder, prompts, negatives=["unexposed"])
     outcome = finetune("yes_no", config, toy, tmp_path / "run")
@@ -429,7 +430,6 @@ def test_splits_are_cut_as_asked_for(toy: Dataset, byte_folder: Path) -> None:
         cut(toy, settings(byte_folder, valid_from=at))
 
 
-@pytest.mark.filterwarnings("ignore:no validation in", "ignore:nothing learnt")
 def test_choose_learns_on_the_toy_data(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
     prompts = letter_prompts(tmp_path / "prompts")
     few = {"letters": 3, "targets_per_user": 1, "max_history": 2, "max_rows": 16}

@@ -69,7 +69,7 @@ def demo_command(
         else:
             seconds.update(model.seconds)
         with timed("evaluate"):
-            report = evaluate(model, llm_users=_LLM_USERS, stages=stages)
+            report = evaluate(model, llm_users=_LLM_USERS, n_examples=0, stages=stages)
         with timed("recommend"):
             _recommend(model, out)
         with timed("fine-tune"):
@@ -79,6 +79,7 @@ def demo_command(
                 model.with_ranker(load_engine("smollm2-135m", adapter), stages=stages),
                 llm_users=_LLM_USERS,
                 slices=False,
+                n_examples=0,
                 stages=stages,
             )
     found = {**report.to_dict(), "demo_seconds": seconds, "fitted_now": not loaded}

@@ -198,7 +198,7 @@ class Comparison:
             return SASRec(encoder, encoder.item_matrix(), events.counts, name)
 
         # The default's learning rate and dropout, and the other ones that SASRec is tuned over.
-        configs = grid(own, dropout=(0.5, 0.3), learning_rate=(1e-3, 2e-3))
+        configs = grid(own, dropout=(0.5, 0.3), learning_rate=(5e-3, 2e-3))
         budget = task.budget.of()
         done = self.stages(f"tune {name}", min(budget.trials, len(configs)))
         return tune(name, configs, fit, valid, budget, seed=seed, done=done)

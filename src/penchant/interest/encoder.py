@@ -7,6 +7,7 @@ SASRec; the interest vector's dot product with an item's representation is that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -106,7 +107,8 @@ class InterestEncoder(nn.Module):
     def forward(self, history: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Interest after each event: item indices (n, length), right-padded, to (n, length, dim)."""
         position = torch.arange(history.shape[1], device=history.device)
-        x = self.dropout(items[history] + self.positions(position))
+        # Scaled as in SASRec: unscaled, positions drown the items for the first epochs of a sparse log.
+        x = self.dropout(items[history] * math.sqrt(self.config.dim) + self.positions(position))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

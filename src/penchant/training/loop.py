@@ -136,7 +136,7 @@ class Loop:
             "best_step": 0,
             "best": None,
             "bad": 0,
-            "first_loss": None,
+            "start": None,
             "stopped": "",
             "warnings": [],
         }
@@ -172,11 +172,7 @@ class Loop:
                 self._checkpoint(step, keep=at_minute)
             elif step % self.config.checkpoint_every == 0:
                 self._checkpoint(step)
-        if self.state["best_step"] == 0:
-            self._warn(
-                f"no validation in {step} steps was better than the one before the first: what is kept is the model "
-                "as it began; lower learning_rate, train longer, or look at the held-out loss in log.jsonl"
-            )
+        self._check_gain()
         s = self.state
         return Outcome(
             step,
@@ -279,16 +275,17 @@ class Loop:
             found["validation_seconds"] = round(time.perf_counter() - begun, 2)
         found = self._same(found)
         state = self.state
-        if state["first_loss"] is None:
+        if state["start"] is None:
             if math.isnan(found["valid_loss"]):
                 self._warn("no held-out row: neither loss nor score can say whether this training helps")
-            state["first_loss"] = found["valid_loss"]
+            state["start"] = found
         best = math.nan if state["best"] is None else _value(state["best"])
-        # Where nothing can be measured the newest is kept: the first would be the untrained one.
-        better = math.isnan(best) or _value(found) > best
+        # The model before training is what the others are held against, and never what is kept: an adapter that is
+        # all zeros would be no adapter. Where nothing can be measured the newest is kept.
+        better = step > 0 and (math.isnan(best) or _value(found) > best)
         if better:
             state |= {"best": found, "best_step": step, "bad": 0}
-        else:
+        elif step > 0:
             state["bad"] += 1
         minutes = round(state["seconds"] / 60, 3)
         self._record({"kind": "validation", "step": step, "minutes": minutes, "best": better, **found})
@@ -305,11 +302,20 @@ class Loop:
             weight += self.task.weight(batch)
         return summed / weight if weight else math.nan
 
+    def _check_gain(self) -> None:
+        """A loud word where no validation after training was better than the one before it."""
+        start, best = (_value(self.state[name]) if self.state[name] else math.nan for name in ("start", "best"))
+        if not best > start and not (math.isnan(best) and math.isnan(start)):
+            self._warn(
+                f"no validation was better than the one before training ({start:.4f}, then at best {best:.4f}): the "
+                "untuned model may serve better; lower learning_rate, train longer, or see log.jsonl"
+            )
+
     def _check_learning(self, step: int) -> None:
         """A loud word where the held-out loss hasn't moved down since the start."""
         found = self._same({"loss": self.held_out_loss() if self.accelerator.is_main_process else 0.0})["loss"]
-        first = self.state["first_loss"]
-        if first is not None and not math.isnan(first) and not found < first - 1e-4:
+        first = self.state["start"]["valid_loss"]
+        if not math.isnan(first) and not found < first - 1e-4:
             self._warn(
                 f"nothing learnt in {step} steps: the held-out loss was {first:.4f} nats and is {found:.4f}; "
                 "raise learning_rate, check the template and the data"

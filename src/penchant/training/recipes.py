@@ -371,8 +371,7 @@ def publish(recipe: Recipe, outcome: Outcome, out: Path) -> None:
         (stage / "prompts").mkdir()
         for name, text in recipe.templates.sources.items():
             (stage / "prompts" / f"{name}.jinja").write_text(text, encoding="utf-8")
-    if outcome.best_step > 0:
-        _check_reload(recipe, out / "new")
+    _check_reload(recipe, out / "new")
     for path in sorted((out / "new").iterdir()):
         target = out / path.name
         if path.is_dir() and target.is_dir():

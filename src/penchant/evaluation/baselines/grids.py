@@ -16,7 +16,7 @@ from penchant.evaluation.baselines.recent import RecentConfig
 from penchant.evaluation.baselines.tune import grid
 from penchant.interest.encoder import EncoderConfig
 
-_SASREC = EncoderConfig(use_text=False, dropout=0.5, max_length=50, learning_rate=1e-3, epochs=60)
+_SASREC = EncoderConfig(use_text=False, dropout=0.5, max_length=50, learning_rate=5e-3, epochs=60)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Grids:
         grid(MultVAESystemConfig(last=10), last=(10, None), beta=(0.2, 0.1), dropout=(0.5, 0.7))
     )
     sasrec: Sequence[EncoderConfig] = tuple(
-        grid(_SASREC, dropout=(0.5, 0.3), max_length=(50, 100), learning_rate=(1e-3, 2e-3))
+        grid(_SASREC, dropout=(0.5, 0.3), max_length=(50, 100), learning_rate=(5e-3, 2e-3))
     )
     llm: Sequence[ZeroShotConfig] = tuple(grid(ZeroShotConfig(), calibration=(1.0, 0.5, 0.0)))
 
