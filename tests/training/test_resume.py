@@ -65,6 +65,7 @@ def in_this_process(arguments: list[str]) -> None:
     app(["finetune", "next_item", *arguments[2:]], standalone_mode=False)
 
 
+@pytest.mark.filterwarnings("ignore:no validation")  # by a few users' NDCG
 @pytest.mark.timeout(280)
 def test_after_a_kill_every_step_is_what_it_would_have_been(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
     toy.save(tmp_path / "data")

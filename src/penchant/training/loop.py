@@ -32,7 +32,7 @@ from penchant.training.store import RowStore
 from penchant.training.student import Student
 
 # Steps whose speed decides how many fit the time box, after some that warm up.
-_WARM, _TIMED = 2, 6
+_WARM, _TIMED = 1, 3
 # A run that learns shows it by then.
 _LEARNT_BY = 50
 # Held-out rows whose loss is looked at; more would cost more than they tell.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,7 +115,9 @@ def load_student(config: TrainConfig) -> Student:
     if config.gradient_checkpointing:
         _recompute(model)
     if config.method == "lora":
-        model = _adapted(model, config)
+        with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name on its way out
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            model = _adapted(model, config)
     return Student(model)
 
 
