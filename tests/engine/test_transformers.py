@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import warnings
 from pathlib import Path
@@ -258,6 +259,7 @@ def test_where_packing_is_wrong_it_falls_back_saying_so(byte_folder: Path, monke
     model = AutoModelForCausalLM.from_pretrained(byte_folder, dtype=torch.float32)
     forward = model.base_model.forward
 
+    @functools.wraps(forward)
     def deaf(*args: object, **kwargs: object) -> object:
         if getattr(kwargs.get("attention_mask"), "ndim", 0) == 4:
             kwargs["attention_mask"] = None

@@ -20,14 +20,25 @@ from penchant.training.recipes import Recipe, cut, finetune
 
 # One start of two processes for both recipes: the first on an accelerator of its caller's, the second as the program.
 BOTH = """
+import gc
 import sys
 from pathlib import Path
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 from penchant.cli.recipe import program
 from penchant.data.dataset import Dataset
 from penchant.training.config import PreferenceConfig
 from penchant.training.loop import make_accelerator
 from penchant.training.recipes import finetune
 
+end = Accelerator.end_training
+
+def checked(accelerator):
+    # A wrapper that outlives its group hangs now and then when it is freed.
+    assert not [x for x in gc.get_objects() if isinstance(x, DistributedDataParallel)]
+    end(accelerator)
+
+Accelerator.end_training = checked
 root = Path(sys.argv.pop(1))
 config = PreferenceConfig.model_validate_json((root / "preference.json").read_text())
 data = Dataset.load(root / "data")
@@ -82,4 +93,5 @@ def test_two_processes_take_the_steps_of_one(toy: Dataset, byte_folder: Path, tm
             assert got["score"] == pytest.approx(wanted["score"], abs=1e-6)
         mine, other = (load_file(o / "adapter_model.safetensors") for o in (two, one))
         for key, value in other.items():
-            torch.testing.assert_close(mine[key], value, atol=1e-4, rtol=1e-3)
+            # As a whole: AdamW makes a full step of the rounding where a gradient is nearly nothing.
+            assert float(torch.linalg.norm(mine[key] - value)) < 1e-2 * float(torch.linalg.norm(value)), key

@@ -7,6 +7,7 @@ see its prompt and its own ancestors, so one forward gives what a full forward o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,9 @@ class TreeRunner:
         self.head: Any = model.get_output_embeddings()
         self.headless = False
         self.tokens_run = 0
+        # transformers 5.24 calls `cache` what was `past_key_values`.
+        named = inspect.signature(self.base.forward).parameters
+        self._cache_name = "cache" if "cache" in named else "past_key_values"
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +77,10 @@ class TreeRunner:
         if self.headless:
             return self.model(input_ids=ids, **kwargs).logits
         return self.base(input_ids=ids, **kwargs).last_hidden_state
+
+    def _cached(self, cache: DynamicCache) -> dict[str, Any]:
+        """The arguments that give a forward its cache, by the name this model's forward has for it."""
+        return {self._cache_name: cache, "use_cache": True}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of some rows of hidden states, in the model's own format."""
@@ -126,9 +134,9 @@ class TreeRunner:
         self.tokens_run += ids.numel()
         if self.headless:
             # The head is run for nothing, but its scale or cap is the model's own business.
-            out = self.model(input_ids=ids.to(self.device), past_key_values=cache, use_cache=True)
+            out = self.model(input_ids=ids.to(self.device), **self._cached(cache))
             return out.logits
-        return self.base(input_ids=ids.to(self.device), past_key_values=cache, use_cache=True).last_hidden_state
+        return self.base(input_ids=ids.to(self.device), **self._cached(cache)).last_hidden_state
 
     def run(self, branches: Sequence[Branch], prompts: PromptCache) -> tuple[torch.Tensor, int]:
         """One forward of a branch for every cached prompt: hidden states (rows, width, d), and the width."""
@@ -151,8 +159,7 @@ class TreeRunner:
             torch.from_numpy(ids).to(self.device),
             attention_mask=mask.unsqueeze(1).to(self.device),
             position_ids=torch.from_numpy(position).to(self.device),
-            past_key_values=prompts.cache,
-            use_cache=True,
+            **self._cached(prompts.cache),
         )
         return hidden, width
 

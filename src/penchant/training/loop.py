@@ -186,6 +186,15 @@ class Loop:
             s["warnings"],
         )
 
+    def close(self) -> None:
+        """Let go of the wrapper of many processes, before their group ends.
+
+        Freed after it, the wrapper frees the group while it holds Python's lock, and gloo's threads may be waiting for
+        that lock: a process in twenty hung so.
+        """
+        self.forward = self.student
+        self.accelerator.free_memory()
+
     def best_checkpoint(self) -> Path:
         """The checkpoint of the best validation."""
         return self._folder / f"step-{self.state['best_step']:07d}"

@@ -348,6 +348,7 @@ def finetune(
         publish(recipe, outcome, out)
         plot(loop.journal.records, out / "loss.png", f"{name}: {outcome.steps} steps, {outcome.targets:,} targets")
     accelerator.wait_for_everyone()
+    loop.close()
     if own:  # it finishes the trackers, and the processes' group with them: nothing can wait after that
         accelerator.end_training()
     return outcome
