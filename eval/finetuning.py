@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 import penchant as pt
 from penchant import metrics
 from penchant.data.history import Targets
-from penchant.evaluation.report import environment
+from penchant.environment import environment
 from penchant.evaluation.statistics import bootstrap_mean
 from penchant.files import read_json, write_json
 from penchant.rank import Fusion, Question, Ranker, choose_fusion

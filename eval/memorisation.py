@@ -18,8 +18,8 @@ import typer
 
 import penchant as pt
 from penchant.engine.noise import quiet_libraries
+from penchant.environment import environment
 from penchant.evaluation.probe import memorisation, neutral_dataset, probe
-from penchant.evaluation.report import environment
 from penchant.fetch import KNOWN, fetch
 from penchant.files import write_json
 

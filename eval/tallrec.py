@@ -19,7 +19,7 @@ import numpy as np
 import typer
 from scipy import stats
 
-from penchant.evaluation.report import environment
+from penchant.environment import environment
 from penchant.files import read_json, sha256_file, write_json
 from penchant.metrics import auc
 from penchant.training.checkpoints import load_checkpoint

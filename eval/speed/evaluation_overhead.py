@@ -19,9 +19,9 @@ import typer
 from numpy.typing import NDArray
 
 from penchant.data.history import EventLog, Targets
+from penchant.environment import environment
 from penchant.evaluation.baselines.sasrec import SASRec
 from penchant.evaluation.ranking import rank_targets
-from penchant.evaluation.report import environment
 from penchant.files import write_json
 from penchant.interest.encoder import EncoderConfig, InterestEncoder
 

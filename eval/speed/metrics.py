@@ -21,7 +21,7 @@ import typer
 from numpy.typing import NDArray
 
 from penchant import metrics
-from penchant.evaluation.report import environment
+from penchant.environment import environment
 from penchant.evaluation.statistics import bootstrap_mean
 from penchant.files import write_json
 

@@ -30,8 +30,8 @@ from penchant.catalog_trie import CatalogTrie
 from penchant.engine.loading import load_engine
 from penchant.engine.noise import quiet_libraries
 from penchant.engine.transformers import TransformersEngine
+from penchant.environment import environment
 from penchant.errors import ConfigError
-from penchant.evaluation.report import environment
 from penchant.fetch import fetch
 from penchant.files import write_json
 from penchant.prompt import Templates

@@ -21,7 +21,7 @@ import torch
 import typer
 
 import penchant as pt
-from penchant.evaluation.report import environment
+from penchant.environment import environment
 from penchant.files import write_json
 from penchant.training.batch import Batch, collate
 from penchant.training.config import NextItemConfig

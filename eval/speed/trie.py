@@ -15,7 +15,7 @@ import numpy as np
 import typer
 
 from penchant.catalog_trie import CatalogTrie
-from penchant.evaluation.report import environment
+from penchant.environment import environment
 from penchant.files import write_json
 
 

@@ -114,7 +114,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
             else:
                 os.replace(stage, target)
             _sync(target.parent)
-        except BaseException:
+        except BaseException:  # Ctrl-C too leaves nothing half written; it goes on its way
             shutil.rmtree(stage, ignore_errors=True)
             raise
 
@@ -133,7 +133,7 @@ def staged_file(target: Path) -> Iterator[Path]:
             stage.chmod(0o644)
             _sync(stage)
             os.replace(stage, target)
-        except BaseException:
+        except BaseException:  # as above
             stage.unlink(missing_ok=True)
             raise
 

@@ -78,6 +78,7 @@ class Recommender(Fitted):
         config = config or FitConfig()
         split = data if isinstance(data, Split) else leave_last_out(data, test=False)
         templates = Templates(prompts)
+        check_templates((engine.source or {}).get("adapter"), templates)  # now, not when the encoder is trained
         seconds: dict[str, float] = {}
 
         @contextmanager

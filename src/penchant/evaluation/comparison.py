@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from penchant import __version__
 from penchant.data.split import Split
+from penchant.environment import environment
 from penchant.errors import ConfigError
 from penchant.evaluation.baselines import NAMES, FittedSystem, Name, Validation, fit_baselines
 from penchant.evaluation.baselines.events import TrainingEvents
@@ -26,7 +27,7 @@ from penchant.evaluation.baselines.sasrec import SASRec
 from penchant.evaluation.baselines.tune import grid, tune
 from penchant.evaluation.evaluate import Protocol, tabulate
 from penchant.evaluation.leaks import LeakCheck, check_run
-from penchant.evaluation.report import Report, environment
+from penchant.evaluation.report import Report
 from penchant.evaluation.statistics import Spread
 from penchant.evaluation.store import Finished, Store, key_of
 from penchant.evaluation.systems import System

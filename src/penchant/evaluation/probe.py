@@ -16,7 +16,7 @@ from penchant.data.dataset import Dataset
 from penchant.errors import DataError
 from penchant.evaluation.neutral import neutral_dataset, neutral_names
 from penchant.evaluation.recall import TitleRecall, YearRecall, title_recall, year_recall
-from penchant.evaluation.report import Row
+from penchant.evaluation.report import Row, without_nan
 from penchant.schema import TITLE
 from penchant.tokens import clean
 
@@ -55,13 +55,9 @@ def memorisation(engine: Engine, dataset: Dataset, n: int = 200, seed: int = 0) 
         "data": dataset.content_hash,
         "n": n,
         "seed": seed,
-        "titles": asdict(titles, dict_factory=_without_nan),
-        "years": None if years is None else asdict(years, dict_factory=_without_nan),
+        "titles": without_nan(asdict(titles)),
+        "years": None if years is None else without_nan(asdict(years)),
     }
-
-
-def _without_nan(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in pairs}
 
 
 def paired_rows(group: str, real: Sequence[Ranked], neutral: Sequence[Ranked], table: Table) -> list[Row]:

@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from penchant.environment import environment
 from penchant.evaluation.statistics import Estimate
-
-_PACKAGES = (
-    "penchant",
-    "torch",
-    "transformers",
-    "peft",
-    "numpy",
-    "scipy",
-    "polars",
-    "bm25s",
-    "implicit",
-    "statsmodels",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +88,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: every part, and the machine and versions it ran on; null where there is no number."""
-        return {**_without_nan(asdict(self)), "environment": environment()}
+        return {**without_nan(asdict(self)), "environment": environment()}
 
     def to_text(self) -> str:
         """The table: one block a group of users, mean [95% interval]."""
@@ -122,44 +107,15 @@ class Report:
         return "\n".join(lines).lstrip("\n")
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """NaN, which JSON has no word for, as None."""
     if isinstance(value, dict):
-        return {name: _without_nan(inner) for name, inner in value.items()}
+        return {name: without_nan(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
+        return [without_nan(inner) for inner in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _cell(estimate: Estimate, difference: bool) -> str:
     form = "+.4f" if difference else ".4f"
     return f"{estimate.mean:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
-
-
-def environment() -> dict[str, Any]:
-    """Machine and versions, for every number that is kept."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "versions": versions,
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as handle:
-            for line in handle:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        return platform.processor()
-    return platform.processor()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,7 @@ class Corpus:
     codec: TextCodec
     texts: list[str]
     truncated: int
-    dropped: int = field(default=0)  # oldest events that did not fit a prompt
+    dropped: int = 0  # oldest events that did not fit a prompt
 
     @classmethod
     def of(cls, split: Split, templates: Templates, codec: TextCodec) -> Corpus:

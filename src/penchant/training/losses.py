@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,9 +59,6 @@ def token_logprobs(states: torch.Tensor, head: Any, label: torch.Tensor) -> torc
     return torch.cat(parts)
 
 
-Forward = Callable[[Batch], torch.Tensor]
-
-
 def next_item_loss(logp: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Cross entropy of all supervised tokens, weighted, summed: nats."""
     return -(logp * batch.weight).sum()
@@ -82,6 +78,12 @@ def sequence_logprobs(logp: torch.Tensor, batch: Batch) -> torch.Tensor:
     return torch.zeros(len(batch.group), dtype=logp.dtype, device=logp.device).index_add(0, batch.sequence, logp)
 
 
+def first_of_group(group: torch.Tensor) -> torch.Tensor:
+    """The first sequence of each group (n_groups,): the item that was taken."""
+    order = torch.arange(len(group), device=group.device)
+    return torch.full((int(group.max()) + 1,), len(group), device=group.device).scatter_reduce(0, group, order, "amin")
+
+
 def preference_terms(
     sequences: torch.Tensor, reference: torch.Tensor, group: torch.Tensor, beta: float
 ) -> torch.Tensor:
@@ -93,13 +95,12 @@ def preference_terms(
     """
     margin = beta * (sequences - reference)
     n = int(group.max()) + 1
-    first = torch.full((n,), len(group), dtype=torch.long, device=group.device)
-    first = first.scatter_reduce(0, group, torch.arange(len(group), device=group.device), "amin")
+    first = first_of_group(group)
     rival = torch.ones(len(group), dtype=torch.bool, device=group.device)
     rival[first] = False
-    gap = margin[rival] - margin[first][group[rival]]
-    # log sum exp within each group, stable: the largest gap is taken out first.
     of = group[rival]
+    gap = margin[rival] - margin[first][of]
+    # log sum exp within each group, stable: the largest gap is taken out first.
     largest = torch.full((n,), -torch.inf, dtype=gap.dtype, device=gap.device)
     largest = largest.scatter_reduce(0, of, gap.detach(), "amax")
     summed = torch.zeros(n, dtype=gap.dtype, device=gap.device).index_add(0, of, (gap - largest[of]).exp())

@@ -12,8 +12,9 @@ from penchant.tokens import TextCodec
 from penchant.training.batch import collate
 from penchant.training.config import TrainConfig
 from penchant.training.loop import memory_mib
+from penchant.training.objectives import task_loss
 from penchant.training.packing import Plan
-from penchant.training.recipes import Recipe, cut, task_loss
+from penchant.training.recipes import Recipe, cut
 from penchant.training.rows import Row
 from penchant.training.store import RowStore
 

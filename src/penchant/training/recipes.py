@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,25 +22,24 @@ from penchant.adapter_card import CARD
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, global_time, leave_last_out
 from penchant.engine.loading import fingerprint_of, resolve_model
+from penchant.environment import versions
 from penchant.errors import ConfigError, ModelError, StorageError
-from penchant.files import sha256_file, sha256_text, staged_folder, write_json
+from penchant.files import read_json, sha256_file, sha256_text, staged_folder, write_json
 from penchant.interest.vectors import default_layer, item_vectors
 from penchant.prompt import Templates
 from penchant.tokens import TextCodec
 from penchant.training import choose, next_item, preference, yes_no
-from penchant.training.batch import Batch
 from penchant.training.candidates import Retriever
 from penchant.training.checkpoints import load_checkpoint
 from penchant.training.config import ChooseConfig, NextItemConfig, PreferenceConfig, TrainConfig, YesNoConfig
 from penchant.training.corpus import Corpus
 from penchant.training.journal import plot
 from penchant.training.loop import Loop, Outcome, Task, make_accelerator
-from penchant.training.losses import choice_loss, next_item_loss, preference_terms, sequence_logprobs
+from penchant.training.objectives import task_loss
 from penchant.training.rows import Row
 from penchant.training.store import RowStore, stored_rows
 from penchant.training.student import Student, load_student
 from penchant.training.validation import AnswerScore, LetterScore, LikelihoodScore, engine_of
-from penchant.training.versions import versions
 
 # Held-out rows of every run: enough that the loss is steady, few enough to be cheap.
 _VALID_ROWS = 200
@@ -71,7 +71,6 @@ class Recipe:
         self.base = resolve_model(self.config.model)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base, local_files_only=True)
         self.codec = TextCodec(self.tokenizer)
-        self._student: Student | None = None
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -79,12 +78,10 @@ class Recipe:
             raise ConfigError("needs a dataset", where=self.name, remedy="give --data FOLDER of `penchant prepare`")
         return Corpus.of(self.split, self.templates, self.codec)
 
-    @property
+    @cached_property
     def student(self) -> Student:
         """The model to be trained, loaded when first needed."""
-        if self._student is None:
-            self._student = load_student(self.config)
-        return self._student
+        return load_student(self.config)
 
     @cached_property
     def retriever(self) -> Retriever:
@@ -165,7 +162,9 @@ class Recipe:
             if config.examples is not None:
                 rows = [] if config.valid_examples is None else list(self._example_rows(config.valid_examples))
                 return rows[: max(_VALID_ROWS, config.eval_users)]
-            return yes_no.valid_rows(self.corpus, config, self.retriever if "hard" in config.negatives else None, 200)
+            return yes_no.valid_rows(
+                self.corpus, config, self.retriever if "hard" in config.negatives else None, _VALID_ROWS
+            )
         return []
 
     def _key(self) -> tuple[str, ...]:
@@ -176,14 +175,12 @@ class Recipe:
             sha256_file(Path(p)) for p in (getattr(config, "examples", None),) if p is not None and Path(p).is_file()
         )
         tokenizer = sha256_text(*(f"{t} {i}" for t, i in sorted(self.tokenizer.get_vocab().items())))
-        # The retriever's encoders depend on the model too.
-        model = (self.config.model, self.config.dtype, self.config.quantization, fingerprint_of(self.base))
         return (
             self.name,
-            config.model_dump_json(include=_ROW_FIELDS & set(type(config).model_fields)),
+            config.model_dump_json(exclude=_NOT_ROWS),
             self.templates.hash(),
             tokenizer,
-            *model,
+            fingerprint_of(self.base),  # the retriever's encoders stand on its vectors
             *data,
             *files,
         )
@@ -225,78 +222,38 @@ class Recipe:
         return LikelihoodScore(self.corpus, config, targets, found, self.tokenizer), "NDCG@10"
 
 
-# Settings that decide the rows; all others may change and the rows stay.
-_ROW_FIELDS = {
-    "mode",
-    "window",
-    "popularity_power",
-    "negatives",
-    "negatives_per_positive",
-    "like_threshold",
-    "targets_per_user",
-    "letters",
-    "folds",
-    "insert_missed",
-    "every",
-    "pack_tokens",
-    "max_history",
-    "prompt_tokens",
-    "max_rows",
-    "candidates",
-    "retriever_epochs",
-    "seed",
+# Settings that leave the rows as they are. All others are part of the rows' hash: one that is forgotten here makes
+# rows anew, and never takes stale ones. Paths and templates are hashed by what they hold.
+_NOT_ROWS = {
+    "split",
+    "valid_from",
+    "test_from",
+    "prompts",
+    "examples",
+    "valid_examples",
+    "start_from",
+    "device",
+    "method",
+    "lora",
+    "learning_rate",
+    "warmup",
+    "weight_decay",
+    "max_grad_norm",
+    "epochs",
+    "max_steps",
+    "max_minutes",
+    "packs_per_step",
+    "packs_per_forward",
+    "gradient_checkpointing",
+    "eval_users",
+    "eval_every",
+    "eval_minutes",
+    "patience",
+    "checkpoint_every",
+    "report_to",
+    "beta",
+    "likelihood_weight",
 }
-
-Forward = Callable[[Batch], torch.Tensor]
-Loss = Callable[[Forward, Student, Batch], torch.Tensor]
-
-
-def _next_item(config: TrainConfig) -> tuple[Loss, Callable[[Batch], float]]:
-    return (lambda forward, student, batch: next_item_loss(forward(batch), batch)), (lambda b: float(b.weight.sum()))
-
-
-def _choice(config: TrainConfig) -> tuple[Loss, Callable[[Batch], float]]:
-    return (lambda forward, student, batch: choice_loss(forward(batch), batch)), (lambda b: float(b.weight.sum()))
-
-
-def _preference(config: TrainConfig) -> tuple[Loss, Callable[[Batch], float]]:
-    if not isinstance(config, PreferenceConfig):
-        raise ConfigError("wants its own settings", where="preference")
-
-    def loss(forward: Forward, student: Student, batch: Batch) -> torch.Tensor:
-        with torch.no_grad(), student.adapter_off():
-            reference = sequence_logprobs(student(batch), batch)
-        logp = forward(batch)
-        summed = preference_terms(sequence_logprobs(logp, batch), reference, batch.group, config.beta).sum()
-        if config.likelihood_weight:
-            sequences = sequence_logprobs(logp, batch)
-            length = sequence_logprobs(torch.ones_like(logp), batch)
-            taken = _first_of_group(batch.group)
-            # Per token, as next_item has it, so that a long title does not count for more.
-            summed = summed - config.likelihood_weight * (sequences / length)[taken].sum()
-        return summed
-
-    return loss, lambda batch: float(batch.n_targets)
-
-
-def _first_of_group(group: torch.Tensor) -> torch.Tensor:
-    """True at the first sequence of each group, the item that was taken."""
-    order = torch.arange(len(group), device=group.device)
-    first = torch.full((int(group.max()) + 1,), len(group), device=group.device)
-    return first.scatter_reduce(0, group, order, "amin")[group] == order
-
-
-_LOSSES: dict[str, Callable[[TrainConfig], tuple[Loss, Callable[[Batch], float]]]] = {
-    "next_item": _next_item,
-    "yes_no": _choice,
-    "choose": _choice,
-    "preference": _preference,
-}
-
-
-def task_loss(name: str, config: TrainConfig) -> tuple[Loss, Callable[[Batch], float]]:
-    """A recipe's summed loss of a batch, and what it is divided by."""
-    return _LOSSES[name](config)
 
 
 def cut(dataset: Dataset, config: TrainConfig) -> Split:
@@ -362,7 +319,7 @@ def publish(recipe: Recipe, outcome: Outcome, out: Path) -> None:
         **_identity(recipe),
         "outcome": vars(outcome),
         "item_texts_cut": recipe.corpus.truncated if recipe.split is not None else 0,
-        "versions": versions(),
+        "versions": {"python": platform.python_version(), **versions()},
     }
     with staged_folder(out / "new") as stage:
         recipe.student.save(stage)
@@ -428,8 +385,6 @@ def check_out(out: Path, identity: dict[str, Any], resume: bool) -> None:
         raise StorageError(
             "a run was begun there", where=str(out), remedy="go on with --resume, or give a new folder (--out)"
         )
-    from penchant.files import read_json
-
     before = read_json(started)
     changed = [key for key in identity if before.get(key) != identity[key]]
     if "config" in changed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,8 +23,6 @@ from penchant.training.student import Student
 
 if TYPE_CHECKING:
     from penchant.data.history import Targets
-
-Score = Callable[[Student], dict[str, float]]
 
 
 def engine_of(
@@ -122,12 +120,7 @@ class AnswerScore:
     def __call__(self, student: Student) -> dict[str, float]:
         logp = label_scores(student, self._rows, self._config.pack_tokens)
         truth = np.array([row.label[0] == row.choices[0] for row in self._rows])
-        return {"AUC": auc(logp[:, 0] - logp[:, 1], truth)}
-
-
-def auc(scores: NDArray[np.floating], truth: NDArray[np.bool_]) -> float:
-    """Share of pairs of a yes and a no whose scores stand in the right order, ties half; NaN without both."""
-    return metrics.auc(scores, truth)
+        return {"AUC": metrics.auc(logp[:, 0] - logp[:, 1], truth)}
 
 
 @torch.no_grad()
