@@ -22,7 +22,8 @@ from penchant.evaluation.store import Finished, Store, key_of
 from penchant.evaluation.tasks import Task
 from penchant.interest.encoder import EncoderConfig, InterestEncoder
 
-SMALL = ["popularity", "item_knn", "encoder: ids"]
+SMALL = ["popularity", "item_knn", "sasrec"]
+SASREC = "SASRec (cross entropy)"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -67,11 +68,11 @@ class Counted:
         self.names: list[str] = []
         true_fit = Comparison._fit
 
-        def fit(this: Comparison, name: str, seed: int) -> Any:
+        def fit(this: Comparison, name: str, seed: int, chosen: Any) -> Any:
             if crash_after is not None and len(self.names) >= crash_after:
                 raise KeyboardInterrupt
             self.names.append(f"{name} {seed}")
-            return true_fit(this, name, seed)
+            return true_fit(this, name, seed, chosen)
 
         patch.setattr(Comparison, "_fit", fit)
 
@@ -89,7 +90,7 @@ def fitted(data: Path, systems: list[str], made: Task | None = None, crash_after
 
 def test_a_run_that_was_cut_off_goes_on_where_it_was(data: Path) -> None:
     assert fitted(data, SMALL, crash_after=1) == ["popularity 0"]
-    assert fitted(data, SMALL) == ["item_knn 0", "encoder: ids 0"]
+    assert fitted(data, SMALL) == ["item_knn 0", "sasrec 0"]
     assert fitted(data, SMALL) == []
     # More systems: only those are made.
     assert fitted(data, [*SMALL, "ease"]) == ["ease 0"]
@@ -133,11 +134,11 @@ def test_a_torn_file_is_made_again(data: Path) -> None:
 
 def test_seeded_systems_are_made_for_every_seed_and_the_others_once(data: Path) -> None:
     two = task(seeds=[3, 4])
-    assert fitted(data, SMALL, two) == ["popularity 3", "item_knn 3", "encoder: ids 3", "encoder: ids 4"]
+    assert fitted(data, SMALL, two) == ["popularity 3", "item_knn 3", "sasrec 3", "sasrec 4"]
     result = comparison(data, SMALL, two).run()
     assert [run["settings"]["seed"] for run in result["runs"]] == [3, 4]
-    rows = [next(r for r in run["rows"] if r["system"] == "encoder: ids") for run in result["runs"]]
-    (found,) = [row for row in result["spread"] if row["system"] == "encoder: ids"]
+    rows = [next(r for r in run["rows"] if r["system"] == SASREC) for run in result["runs"]]
+    (found,) = [row for row in result["spread"] if row["system"] == SASREC]
     means = [row["metrics"]["NDCG@10"]["mean"] for row in rows]
     assert found["metrics"]["NDCG@10"]["mean"] == pytest.approx(np.mean(means))
     assert found["metrics"]["NDCG@10"]["sd"] == pytest.approx(np.std(means, ddof=1))
@@ -146,8 +147,39 @@ def test_seeded_systems_are_made_for_every_seed_and_the_others_once(data: Path) 
     assert flat["metrics"]["NDCG@10"]["sd"] == 0
 
 
+def test_the_budget_is_spent_with_the_first_seed_and_the_others_train_what_it_chose(data: Path) -> None:
+    one = comparison(data, ["sasrec", "encoder: ids + text"], task(seeds=[3, 4], budget={"trials": 3, "seconds": 60}))
+    first, second = one.run()["runs"]
+    for run, trials in ((first, 3), (second, 1)):
+        for system in (SASREC, "encoder: ids + text"):
+            assert sum(trial["system"] == system for trial in run["trials"]) == trials
+    for system in (SASREC, "encoder: ids + text"):
+        tried = [trial for trial in first["trials"] if trial["system"] == system]
+        best = max(tried, key=lambda trial: trial["valid_ndcg@10"])
+        (again,) = [trial for trial in second["trials"] if trial["system"] == system]
+        assert again["config"] == best["config"] | {"seed": 4}
+    # SASRec is our encoder without text: the same grid, but for that.
+    ours = [t["config"] for t in first["trials"] if t["system"] == "encoder: ids + text"]
+    assert [t["config"] | {"use_text": True} for t in first["trials"] if t["system"] == SASREC] == ours
+    assert any("the other seeds train what it chose" in note for note in second["notes"])
+
+
+def test_popularity_stands_beside_the_one_that_counts_the_test_items_too(data: Path) -> None:
+    one = comparison(data, ["popularity", "item_knn"])
+    (run,) = one.run()["runs"]
+    (wrong,) = [row for row in run["rows"] if "(wrong)" in row["system"]]
+    assert wrong["group"] == module.MISTAKE
+    counts = np.bincount(one.split.log.item, minlength=one.split.log.n_items)
+    ranks = []
+    for i in range(len(one.split.test)):
+        target, seen = one.split.test.item[i], one.split.test.history(i)
+        others = np.setdiff1d(np.arange(len(counts)), [*seen, target])
+        ranks.append(1 + (counts[others] >= counts[target]).sum())
+    assert wrong["metrics"]["Recall@10"]["mean"] == pytest.approx(np.mean(np.array(ranks) <= 10))
+
+
 def test_the_result_says_what_it_was_made_of(data: Path) -> None:
-    systems = ["popularity", "nearest", "encoder: ids", "encoder: ids + text", "full"]
+    systems = ["popularity", "nearest", "sasrec", "encoder: ids + text", "full"]
     published = [{"system": "X", "source": "a paper", "protocol": "same", "metrics": {"NDCG@10": 0.1}}]
     one = comparison(data, systems, task(published=published))
     result = json.loads(json.dumps(one.run({"commit": "abc"}), allow_nan=False))
@@ -156,7 +188,7 @@ def test_the_result_says_what_it_was_made_of(data: Path) -> None:
     assert result["environment"]["versions"]["numpy"] == np.__version__
     (run,) = result["runs"]
     every = [row["system"] for row in run["rows"] if row["group"].startswith("all 30")]
-    assert every == ["encoder: ids + text", "encoder: ids", "popularity", "newest items (LLM vectors)"]
+    assert every == ["encoder: ids + text", "popularity", "newest items (LLM vectors)", SASREC]
     assert run["settings"]["config"]["encoder"]["use_text"]
     assert {"llm likelihood", "the candidates in random order (expected)"} <= {row["system"] for row in run["rows"]}
     assert {trial["system"] for trial in run["trials"]} == set(every)
@@ -211,9 +243,10 @@ def test_the_limit_of_time_leaves_systems_out_and_says_so(data: Path) -> None:
     quick.say = said.append
     result = quick.run()
     (run,) = result["runs"]
-    assert {row["system"] for row in run["rows"]} == {"popularity"}  # it was there already
+    names = {row["system"].partition(",")[0] for row in run["rows"]}
+    assert names == {"popularity"}  # it was there already
     assert any("item_knn, seed 0 was left out" in note for note in run["notes"])
-    assert any("encoder: ids, seed 0 was left out" in line for line in said)
+    assert any("sasrec, seed 0 was left out" in line for line in said)
 
 
 def test_wrong_systems_are_refused(data: Path) -> None:

@@ -57,13 +57,13 @@ class Table:
 
     def headline(self, rank: Ranks) -> dict[str, Values]:
         """Recall@k (with one target also the hit rate), NDCG@k, and MRR over the whole ranking: a value a target."""
-        k = self.k
+        k, rank = self.k, self._found(rank)
         whole = metrics.mrr(rank, self.n_items)
         return {f"Recall@{k}": metrics.recall(rank, k), f"NDCG@{k}": metrics.ndcg(rank, k), "MRR": whole}
 
     def more(self, rank: Ranks) -> dict[str, Values]:
         """What follows from the same ranks: the other metrics at k, and the headline's at other cut-offs."""
-        k = self.k
+        k, rank = self.k, self._found(rank)
         out = {
             f"HitRate@{k}": metrics.hit_rate(rank, k),
             f"Precision@{k}": metrics.precision(rank, k),
@@ -75,6 +75,10 @@ class Table:
             if other != k:
                 out |= {f"Recall@{other}": metrics.recall(rank, other), f"NDCG@{other}": metrics.ndcg(rank, other)}
         return out
+
+    def _found(self, rank: Ranks) -> Ranks:
+        """Ranks with n_items + 1, which says that the target was not found, beyond every k, a small catalogue's too."""
+        return np.where(rank > self.n_items, np.iinfo(np.int64).max, rank)
 
     def row(self, group: str, system: str, rank: Ranks) -> Row:
         """One system's row."""

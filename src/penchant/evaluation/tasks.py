@@ -89,6 +89,9 @@ class Task(_Part):
     llm_users: int = Field(default=500, ge=0, description="seeded targets of the LLM stage; 0: none")
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     baselines: list[Name] | None = Field(default=None, description="None: all that can be made")
+    ours: list[Literal["encoder: text", "encoder: ids + text"]] | None = Field(
+        default=None, min_length=1, description="our encoder's variants; None: all of them"
+    )
     budget: BudgetTask = Field(default_factory=BudgetTask)
     seconds: float | None = Field(default=None, gt=0, description="no further system is begun after so many seconds")
     published: list[Published] = Field(default_factory=list)
@@ -97,7 +100,7 @@ class Task(_Part):
     def hash(self) -> str:
         """Of all that decides a system's numbers: not the list of baselines, seeds, limits or published ones."""
         kept = self.model_dump(
-            mode="json", exclude={"about", "baselines", "seeds", "seconds", "published", "llm_users"}
+            mode="json", exclude={"about", "baselines", "ours", "seeds", "seconds", "published", "llm_users"}
         )
         return sha256_text(yaml.safe_dump(kept, sort_keys=True))
 

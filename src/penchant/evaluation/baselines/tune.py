@@ -112,7 +112,8 @@ class Validation:
     def ndcg(self, system: System) -> float:
         """Mean NDCG@10 of the whole catalogue's ranking."""
         ranked = rank_targets(system, self.targets, k=10, seen=self.seen, seen_last=self.seen_last)
-        return float(metrics.ndcg(ranked.rank, 10).mean())
+        # n_items + 1 says that a target was not found: no hit, however small the catalogue.
+        return float(metrics.ndcg(ranked.rank, min(10, self.targets.log.n_items)).mean())
 
 
 def grid(default: Config, **values: Sequence[Any]) -> list[Config]:
