@@ -89,9 +89,9 @@ def whole() -> Recommender:
 
 
 def rank(scores: Sequence[float], seen: Sequence[int], target: int) -> int:
-    """Place of the target among the items not seen, ties before it; past the catalogue's end where it was seen."""
+    """Place of the target among the items not seen, ties before it; not found where it was seen."""
     if target in seen:
-        return len(scores) + 1
+        return len(scores) + 1_000
     return 1 + sum(s >= scores[target] for j, s in enumerate(scores) if j not in seen and j != target)
 
 
@@ -141,7 +141,7 @@ def reranked(model: Recommender, targets: Targets) -> tuple[dict[str, list[float
         for name, (weight, calibration) in LLM_SYSTEMS.items():
             if target not in candidates:
                 behind = sum(scores[j] >= scores[target] for j in unseen)
-                out[name].append(max(behind, CANDIDATES + 1) if target in unseen else model.log.n_items + 1)
+                out[name].append(max(behind, CANDIDATES + 1) if target in unseen else math.inf)
                 continue
             mixed = (1 - weight) * z([scores[j] for j in candidates]) + weight * z(logp[0] - calibration * logp[1])
             own = mixed[candidates.index(target)]
