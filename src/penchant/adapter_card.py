@@ -32,3 +32,16 @@ def check_templates(adapter: str | Path | None, templates: Templates) -> None:
                 where=str(adapter),
                 remedy=f"give its own templates: --prompts {Path(adapter or '') / 'prompts'}, or train it again",
             )
+
+
+def check_vectors(adapter: str | Path | None, layer: int, pooling: str) -> None:
+    """ConfigError where an adapter trained to embed would give its vectors at another ``layer`` (from 0) or pooling."""
+    card = read_card(adapter)
+    trained = None if card is None else card.get("vectors")
+    if isinstance(trained, dict) and trained != {"layer": layer, "pooling": pooling}:
+        raise ConfigError(
+            f"was trained to embed at layer {trained.get('layer')} with pooling {trained.get('pooling')}, "
+            f"and would be used at layer {layer} with pooling {pooling}",
+            where=str(adapter),
+            remedy="set layer and pooling to what it was trained with (see `penchant fit --config`)",
+        )

@@ -23,7 +23,7 @@ from penchant.resources import shipped
 from penchant.run_folder import FitConfig
 from penchant.training import recipes
 from penchant.training.checkpoints import checkpoints, load_checkpoint
-from penchant.training.config import ChooseConfig, NextItemConfig, PreferenceConfig
+from penchant.training.config import ChooseConfig, ContrastiveConfig, NextItemConfig, PreferenceConfig
 from penchant.training.recipes import Recipe, finetune
 from penchant.training.student import Student, load_student
 
@@ -202,6 +202,7 @@ def long_titles(toy: Dataset) -> Dataset:
         ("next_item", NextItemConfig, {}),
         ("next_item", NextItemConfig, {"mode": "single", "max_history": 1}),
         ("preference", PreferenceConfig, {"negatives": 1}),
+        ("contrastive", ContrastiveConfig, {"hard": 1}),
     ],
 )
 def test_a_title_longer_than_a_pack_is_refused(

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from tests.training.helpers import losses_of, settings, steps_of
 
 from penchant.data.dataset import Dataset
-from penchant.training.config import PreferenceConfig
+from penchant.training.config import ContrastiveConfig, PreferenceConfig
 from penchant.training.loop import make_accelerator
 from penchant.training.packing import Plan
 from penchant.training.recipes import Recipe, cut, finetune
 
-# One start of two processes for both recipes: the first on an accelerator of its caller's, the second as the program.
-BOTH = """
+# One start of two processes for all: the first two on an accelerator of their caller's, the third as the program.
+ALL = """
 import gc
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 from penchant.cli.recipe import program
 from penchant.data.dataset import Dataset
-from penchant.training.config import PreferenceConfig
+from penchant.training.config import ContrastiveConfig, PreferenceConfig
 from penchant.training.loop import make_accelerator
 from penchant.training.recipes import finetune
 
@@ -45,6 +45,8 @@ data = Dataset.load(root / "data")
 accelerator = make_accelerator(config, root / "preference-2")
 assert accelerator.num_processes == 2
 finetune("preference", config, data, root / "preference-2", accelerator=accelerator)
+config = ContrastiveConfig.model_validate_json((root / "contrastive.json").read_text())
+finetune("contrastive", config, data, root / "contrastive-2", accelerator=accelerator)
 program("next_item")
 """
 
@@ -57,12 +59,14 @@ def test_two_processes_take_the_steps_of_one(toy: Dataset, byte_folder: Path, tm
     preference = settings(
         byte_folder, PreferenceConfig, **shared, learning_rate=2e-3, negatives=2, likelihood_weight=0.3
     )
+    contrastive = settings(byte_folder, ContrastiveConfig, **shared, hard=2, targets_per_user=2)
     plain = settings(byte_folder, **shared, popularity_power=0.7)
     toy.save(tmp_path / "data")
     (tmp_path / "preference.json").write_text(preference.model_dump_json())
+    (tmp_path / "contrastive.json").write_text(contrastive.model_dump_json())
     (tmp_path / "next_item.yaml").write_text(plain.model_dump_json())
-    (tmp_path / "both.py").write_text(BOTH)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "both.py")]
+    (tmp_path / "all.py").write_text(ALL)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "all.py")]
     options = ["--config", "next_item.yaml", "--data", "data", "--out", "next_item-2"]
     done = subprocess.run(
         [sys.executable, *launch, str(tmp_path), *options],
@@ -76,7 +80,7 @@ def test_two_processes_take_the_steps_of_one(toy: Dataset, byte_folder: Path, tm
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if line == "next_item-2"] == ["next_item-2"], "said once"
     assert done.stdout.count("best at step") == 1
-    for name, config in (("preference", preference), ("next_item", plain)):
+    for name, config in (("preference", preference), ("contrastive", contrastive), ("next_item", plain)):
         one, two = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
         rows = Recipe(name, config, cut(toy, config)).rows()
         plan = Plan(rows.lengths, pack_tokens=200, packs_per_step=3, seed=config.seed)

@@ -23,7 +23,14 @@ from penchant.engine.loading import load_engine
 from penchant.errors import ConfigError, ModelError
 from penchant.prompt import Templates
 from penchant.training import recipes
-from penchant.training.config import ChooseConfig, NextItemConfig, PreferenceConfig, TrainConfig, YesNoConfig
+from penchant.training.config import (
+    ChooseConfig,
+    ContrastiveConfig,
+    NextItemConfig,
+    PreferenceConfig,
+    TrainConfig,
+    YesNoConfig,
+)
 from penchant.training.recipes import CONFIGS, TEMPLATES, Recipe, cut, finetune
 from penchant.training.student import Student, load_student
 
@@ -38,6 +45,7 @@ KINDS: dict[str, tuple[type[TrainConfig], dict[str, Any]]] = {
     "yes_no": (YesNoConfig, {"pack_tokens": 400, "negatives": ["unexposed", "hard"], "targets_per_user": 2}),
     "choose": (ChooseConfig, {"pack_tokens": 600, "letters": 5, "targets_per_user": 2, "insert_missed": True}),
     "preference": (PreferenceConfig, {"pack_tokens": 400, "negatives": 2, "learning_rate": 2e-3}),
+    "contrastive": (ContrastiveConfig, {"pack_tokens": 400, "hard": 2, "targets_per_user": 3}),
 }
 
 

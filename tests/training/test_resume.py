@@ -29,7 +29,7 @@ from penchant.training.loop import Outcome
 from penchant.training.recipes import finetune
 from penchant.training.student import Student, load_student
 
-PROGRAM = Path(__file__).resolve().parents[2] / "finetune" / "next_item.py"
+PROGRAMS = Path(__file__).resolve().parents[2] / "finetune"
 # With dropout: a resumed run must draw the noise that the unbroken one drew.
 OPTIONS = {
     "--dtype": "float32",
@@ -48,11 +48,13 @@ OPTIONS = {
     "--patience": "99",
     "--checkpoint-every": "3",
 }
+OWN = {"next_item": {}, "contrastive": {"--pack-tokens": "256", "--max-history": "4", "--hard": "1"}}
 
 
-def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+def command(recipe: str, model: Path, data: Path, out: Path, *more: str) -> list[str]:
     places = {"--model": model, "--data": data, "--out": out}
-    return [sys.executable, str(PROGRAM), *(str(x) for pair in {**places, **OPTIONS}.items() for x in pair), *more]
+    options = {**places, **OPTIONS, **OWN[recipe]}
+    return [sys.executable, str(PROGRAMS / f"{recipe}.py"), *(str(x) for pair in options.items() for x in pair), *more]
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -62,16 +64,19 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def in_this_process(arguments: list[str]) -> None:
     from penchant.cli import app
 
-    app(["finetune", "next_item", *arguments[2:]], standalone_mode=False)
+    app(["finetune", Path(arguments[1]).stem, *arguments[2:]], standalone_mode=False)
 
 
 @pytest.mark.filterwarnings("ignore:no validation")  # by a few users' NDCG
 @pytest.mark.timeout(280)
-def test_after_a_kill_every_step_is_what_it_would_have_been(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", OWN)
+def test_after_a_kill_every_step_is_what_it_would_have_been(
+    toy: Dataset, byte_folder: Path, tmp_path: Path, recipe: str
+) -> None:
     toy.save(tmp_path / "data")
     out = tmp_path / "killed"
     process = subprocess.Popen(
-        command(byte_folder, tmp_path / "data", out),
+        command(recipe, byte_folder, tmp_path / "data", out),
         env=environment(tmp_path),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -91,9 +96,9 @@ def test_after_a_kill_every_step_is_what_it_would_have_been(toy: Dataset, byte_f
     assert 12 <= done < 40
     assert not (out / "adapter_model.safetensors").exists()
 
-    in_this_process(command(byte_folder, tmp_path / "data", out, "--resume"))
+    in_this_process(command(recipe, byte_folder, tmp_path / "data", out, "--resume"))
     whole = tmp_path / "whole"
-    in_this_process(command(byte_folder, tmp_path / "data", whole))
+    in_this_process(command(recipe, byte_folder, tmp_path / "data", whole))
     resumed, unbroken = losses_of(out), losses_of(whole)
     assert len(unbroken) == 40
     assert resumed == unbroken, "to the last bit, dropout and all"

@@ -19,6 +19,7 @@ class RecipeName(StrEnum):
     yes_no = "yes_no"
     choose = "choose"
     preference = "preference"
+    contrastive = "contrastive"
 
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from penchant.adapter_card import check_vectors
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
 from penchant.engine.search import Beams, BestFirst, Search
@@ -284,13 +285,14 @@ class TransformersEngine:
         layer: int = -1,
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
-        """See Engine.embed."""
+        """See Engine.embed. ConfigError also where the adapter was trained to embed at another layer or pooling."""
         if pooling not in ("mean", "last"):
             raise ConfigError(f"unknown pooling {pooling!r}", remedy="use 'mean' or 'last'")
         if not -self.n_layers - 1 <= layer <= self.n_layers:
             raise ConfigError(
                 f"layer {layer} of a model with {self.n_layers}", remedy=f"use 0 to {self.n_layers}, or -1 for the last"
             )
+        check_vectors((self.source or {}).get("adapter"), layer % (self.n_layers + 1), pooling)
         ids = [self._encode(t) for t in texts]
         for text in ids:
             self._check_length(len(text))

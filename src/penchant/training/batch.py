@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from penchant.errors import DataError
 from penchant.training.rows import Row
@@ -17,7 +18,8 @@ class Batch:
     """One forward. ``tokens`` and ``position`` (b, length); ``mask`` (b, 1, length, length), additive.
 
     Supervision, flat over the batch: ``at`` (m,) indexes the b * length states, ``label``, ``weight`` and
-    ``sequence`` (m,) as in Row; ``group`` (s,) of each candidate sequence; ``choices`` (c,) label tokens.
+    ``sequence`` (m,) as in Row; ``group`` (s,) of each candidate sequence; ``choices`` (c,) label tokens;
+    ``targets`` the rows' targets as positions in the event log.
     """
 
     tokens: torch.Tensor
@@ -29,6 +31,7 @@ class Batch:
     sequence: torch.Tensor
     group: torch.Tensor
     choices: torch.Tensor
+    targets: NDArray[np.int64]
     n_targets: int
     n_tokens: int  # real ones, padding not counted
 
@@ -80,6 +83,7 @@ def collate(packs: Sequence[Sequence[Row]], dtype: torch.dtype, device: torch.de
         tensor(sequence).long(),
         tensor(group).long(),
         torch.tensor(choices or (), dtype=torch.long, device=device),
+        np.concatenate([row.targets for rows in packs for row in rows]),
         n_groups,
         int((row_of >= 0).sum()),
     )

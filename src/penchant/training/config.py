@@ -128,6 +128,34 @@ class ChooseConfig(TrainConfig):
     )
 
 
+class ContrastiveConfig(TrainConfig):
+    """InfoNCE: the embedding of a rendered history near the next item's, far from other items'.
+
+    A step's packs are one batch: all their items are negatives of all their pairs, over all processes.
+    """
+
+    temperature: float = Field(
+        default=0.05, gt=0, description="cosines are divided by it: smaller looks at the nearest"
+    )
+    hard: int = Field(
+        default=4,
+        ge=0,
+        description="negatives of each pair drawn from its `candidates` retrieved ones; 0: in-batch only",
+    )
+    folds: int = Field(default=2, ge=2, description="retrievers: each retrieves for users it hasn't been trained on")
+    pooling: Literal["mean", "last"] = Field(default="mean", description="pooling of the vectors over tokens")
+    layer: int | None = Field(default=None, description="LLM layer of the vectors; None: two thirds up, as in `fit`")
+    targets_per_user: int = Field(default=10, ge=1, description="newest training events of a user that become targets")
+    packs_per_step: int = Field(default=16, ge=1, description="packs whose pairs are one batch, over all processes")
+    packs_per_forward: int = Field(
+        default=1, ge=1, description="the chunk of gradient caching: packs in memory at once; the gradient is the same"
+    )
+    candidates: int = Field(default=20, ge=1, description="retrieved items that hard negatives are drawn from")
+    catalogue: int = Field(
+        default=5000, ge=10, description="items that validation searches: a seeded sample that holds its targets"
+    )
+
+
 class PreferenceConfig(TrainConfig):
     """Softmax DPO: the item taken against retrieved items that weren't."""
 

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from penchant.errors import ConfigError, ModelError
 from penchant.training.batch import Batch, collate
 from penchant.training.checkpoints import checkpoints, load_checkpoint, prune, save_checkpoint
 from penchant.training.config import TrainConfig
 from penchant.training.journal import Journal
+from penchant.training.objectives import Loss, StepLoss, alone, over
 from penchant.training.packing import Plan
 from penchant.training.rows import Row
 from penchant.training.store import RowStore
@@ -43,15 +44,16 @@ _VALID_PACKS = 16
 class Task:
     """What a recipe hands to the loop.
 
-    ``loss`` gives a batch's summed loss in nats by the (possibly wrapped) forward and the student itself,
-    ``weight`` what the sum is divided by. ``score`` measures the student on validation users: a dict whose
-    ``score_name`` entry decides when to stop (larger is better), or None.
+    ``loss`` gives a batch's summed loss in nats by the (possibly wrapped) forward and the student itself, after
+    a look at all batches of the step where it is a StepLoss; ``weight`` what the sum is divided by. ``score``
+    measures the student on validation users: a dict whose ``score_name`` entry decides when to stop (larger is
+    better), or None.
     """
 
     name: str
     rows: RowStore
     valid: Sequence[Row]
-    loss: Callable[[Callable[[Batch], torch.Tensor], Student, Batch], torch.Tensor]
+    loss: Loss | StepLoss
     weight: Callable[[Batch], float]
     score: Callable[[Student], dict[str, float]] | None = None
     score_name: str = "NDCG@10"
@@ -216,11 +218,12 @@ class Loop:
             group["lr"] = rate
         # The noise of dropout is a function of seed, step and process: a resumed run draws the same.
         torch.manual_seed(hash((config.seed, step, self.accelerator.process_index)) % 2**63)
+        loss_of = over(self.task.loss, self.student, batches, self._gather)
         summed = 0.0
         for i, batch in enumerate(batches):
             hold = i + 1 < len(batches) and world > 1
             with self.accelerator.no_sync(self.forward) if hold else contextlib.nullcontext():
-                loss = self.task.loss(self.forward, self.student, batch)
+                loss = loss_of(self.forward, self.student, batch)
                 # DDP averages gradients over processes: the sum is wanted.
                 self.accelerator.backward(loss * (world / weight))
             summed += float(loss.detach())
@@ -304,11 +307,11 @@ class Loop:
     def held_out_loss(self) -> float:
         """Mean loss in nats over the validation rows (the first packs of them), NaN where there are none."""
         self.student.eval()
-        summed = weight = 0.0
-        for rows in _greedy(self.task.valid, self.config.pack_tokens)[:_VALID_PACKS]:
-            batch = self._batch([rows])
-            summed += float(self.task.loss(self.student, self.student, batch))
-            weight += self.task.weight(batch)
+        packs = _greedy(self.task.valid, self.config.pack_tokens)[:_VALID_PACKS]
+        batches = [self._batch([rows]) for rows in packs]
+        loss_of = over(self.task.loss, self.student, batches)
+        summed = sum(float(loss_of(self.student, self.student, batch)) for batch in batches)
+        weight = sum(self.task.weight(batch) for batch in batches)
         return summed / weight if weight else math.nan
 
     def _check_gain(self) -> None:
@@ -410,6 +413,12 @@ class Loop:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
         return float(self.accelerator.reduce(tensor, "sum"))
+
+    def _gather(self, mine: Any) -> tuple[list[Any], int]:
+        """What each process gives, on all of them."""
+        if self.accelerator.num_processes == 1:
+            return alone(mine)
+        return gather_object([mine]), self.accelerator.process_index
 
     def _same(self, found: dict[str, Any]) -> dict[str, Any]:
         """The main process' answer, on all of them."""

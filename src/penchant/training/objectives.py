@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -20,6 +21,27 @@ from penchant.training.student import Student
 
 Forward = Callable[[Batch], torch.Tensor]
 Loss = Callable[[Forward, Student, Batch], torch.Tensor]
+# What each process gives, as all of them have it, and which of them is one's own.
+Gather = Callable[[Any], tuple[list[Any], int]]
+
+
+@runtime_checkable
+class StepLoss(Protocol):
+    """A loss in which all of a step's batches meet, such as one with in-batch negatives."""
+
+    def over(self, student: Student, batches: Sequence[Batch], gather: Gather) -> Loss:
+        """Look at all batches of a step, and give a loss for each: their sum has the step's value and gradient."""
+        ...
+
+
+def alone(mine: Any) -> tuple[list[Any], int]:
+    """The Gather of a process that shares its work with none."""
+    return [mine], 0
+
+
+def over(loss: Loss | StepLoss, student: Student, batches: Sequence[Batch], gather: Gather = alone) -> Loss:
+    """The loss of each batch of a step, whichever of the two kinds a recipe has."""
+    return loss.over(student, batches, gather) if isinstance(loss, StepLoss) else loss
 
 
 def _next_item(config: TrainConfig) -> tuple[Loss, Callable[[Batch], float]]:

@@ -10,9 +10,9 @@ import torch
 from penchant.data.dataset import Dataset
 from penchant.tokens import TextCodec
 from penchant.training.batch import collate
-from penchant.training.config import TrainConfig
+from penchant.training.config import ContrastiveConfig, TrainConfig
 from penchant.training.loop import memory_mib
-from penchant.training.objectives import task_loss
+from penchant.training.objectives import over
 from penchant.training.packing import Plan
 from penchant.training.recipes import Recipe, cut
 from penchant.training.rows import Row
@@ -26,7 +26,7 @@ def preview(name: str, config: TrainConfig, dataset: Dataset | None) -> str:
     plan = Plan(rows.lengths, pack_tokens=config.pack_tokens, packs_per_step=config.packs_per_step, seed=config.seed)
     steps = max(1, int(np.ceil(config.epochs * plan.steps_per_epoch)))
     steps = min(steps, config.max_steps or steps)
-    seconds, tokens = _measure(recipe, rows, plan, config)
+    seconds, tokens = _measure(recipe, rows, plan)
     rate = tokens / seconds
     weights = sum(p.numel() * p.element_size() for p in recipe.student.model.parameters())
     trained = sum(p.numel() for p in recipe.student.trainable().values())
@@ -49,7 +49,8 @@ def preview(name: str, config: TrainConfig, dataset: Dataset | None) -> str:
         "Three examples; what is trained stands between [[ and ]]:",
     ]
     for i in np.linspace(0, len(rows) - 1, min(3, len(rows))).astype(int):
-        lines += ["", marked(rows[int(i)], recipe.codec)]
+        show = paired if isinstance(config, ContrastiveConfig) else marked
+        lines += ["", show(rows[int(i)], recipe.codec)]
     return "\n".join(lines)
 
 
@@ -83,9 +84,17 @@ def marked(row: Row, codec: TextCodec) -> str:
     return text
 
 
-def _measure(recipe: Recipe, rows: RowStore, plan: Plan, config: TrainConfig) -> tuple[float, int]:
+def paired(row: Row, codec: TextCodec) -> str:
+    """A row of texts that are embedded: the history, the item it is to be near to, and the hard negatives."""
+    history, taken, *hard = (
+        codec.tokenizer.decode(row.tokens[row.branch == b].tolist()) for b in range(len(row.group))
+    )
+    return f"{history}[[{taken}]]" + "".join(f"\n  rather {taken!r} than {text!r}" for text in hard)
+
+
+def _measure(recipe: Recipe, rows: RowStore, plan: Plan) -> tuple[float, int]:
     """Seconds and tokens of one pack's forward and backward, the second of two."""
-    loss, weight = task_loss(recipe.name, config)
+    loss, weight = recipe.objective()
     student = recipe.student
     student.train()
     pack = [rows[r] for r in plan.step(0)[0]]
@@ -93,7 +102,7 @@ def _measure(recipe: Recipe, rows: RowStore, plan: Plan, config: TrainConfig) ->
     seconds = 0.0
     for _ in range(2):
         begun = time.perf_counter()
-        torch.autograd.backward(loss(student, student, batch) / weight(batch))
+        torch.autograd.backward(over(loss, student, [batch])(student, student, batch) / weight(batch))
         seconds = time.perf_counter() - begun
     for parameter in student.trainable().values():
         parameter.grad = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,35 +9,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from penchant import __version__
-from penchant.adapter_card import CARD
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, global_time, leave_last_out
 from penchant.engine.loading import fingerprint_of, resolve_model
-from penchant.environment import versions
-from penchant.errors import ConfigError, ModelError, StorageError
-from penchant.files import read_json, sha256_file, sha256_text, staged_folder, write_json
+from penchant.errors import ConfigError
+from penchant.files import sha256_file, sha256_text, write_json
 from penchant.interest.vectors import default_layer, item_vectors
 from penchant.prompt import Templates
 from penchant.tokens import TextCodec
-from penchant.training import choose, next_item, preference, yes_no
+from penchant.training import choose, contrastive, next_item, preference, yes_no
+from penchant.training.batch import Batch
 from penchant.training.candidates import Retriever
 from penchant.training.checkpoints import load_checkpoint
-from penchant.training.config import ChooseConfig, NextItemConfig, PreferenceConfig, TrainConfig, YesNoConfig
+from penchant.training.config import (
+    ChooseConfig,
+    ContrastiveConfig,
+    NextItemConfig,
+    PreferenceConfig,
+    TrainConfig,
+    YesNoConfig,
+)
 from penchant.training.corpus import Corpus
 from penchant.training.journal import plot
 from penchant.training.loop import Loop, Outcome, Task, make_accelerator
-from penchant.training.objectives import task_loss
+from penchant.training.objectives import Loss, StepLoss, task_loss
+from penchant.training.publish import check_out, identity_of, publish
 from penchant.training.rows import Row
 from penchant.training.store import RowStore, stored_rows
 from penchant.training.student import Student, load_student
-from penchant.training.validation import AnswerScore, LetterScore, LikelihoodScore, engine_of
+from penchant.training.validation import AnswerScore, LetterScore, LikelihoodScore, NearestScore, engine_of
 
 # Held-out rows of every run: enough that the loss is steady, few enough to be cheap.
 _VALID_ROWS = 200
@@ -48,6 +51,7 @@ CONFIGS: dict[str, type[TrainConfig]] = {
     "yes_no": YesNoConfig,
     "choose": ChooseConfig,
     "preference": PreferenceConfig,
+    "contrastive": ContrastiveConfig,
 }
 # The templates that decide what each recipe's model must be served with.
 TEMPLATES = {
@@ -55,6 +59,7 @@ TEMPLATES = {
     "preference": ("item", "next_item"),
     "yes_no": ("item", "user", "yes_no"),
     "choose": ("item", "user", "choose"),
+    "contrastive": ("item", "user"),
 }
 
 
@@ -126,6 +131,8 @@ class Recipe:
             return preference.preference_rows(self.corpus, config, self.retriever)
         if isinstance(config, ChooseConfig):
             return choose.choose_rows(self.corpus, config, self.retriever)
+        if isinstance(config, ContrastiveConfig):
+            return contrastive.contrastive_rows(self.corpus, config, self.retriever if config.hard else None)
         if isinstance(config, YesNoConfig):
             if config.examples is not None:
                 return self._example_rows(config.examples)
@@ -151,21 +158,21 @@ class Recipe:
 
     def valid(self) -> list[Row]:
         """Held-out rows for the loss."""
-        config = self.config
+        config, rows = self.config, list[Row]()
         if isinstance(config, NextItemConfig):
-            return next_item.valid_rows(self.corpus, config, _VALID_ROWS)
-        if isinstance(config, PreferenceConfig):
-            return preference.valid_rows(self.corpus, config, self.retriever, _VALID_ROWS)
-        if isinstance(config, ChooseConfig):
-            return choose.valid_rows(self.corpus, config, self.retriever, _VALID_ROWS)
-        if isinstance(config, YesNoConfig):
-            if config.examples is not None:
-                rows = [] if config.valid_examples is None else list(self._example_rows(config.valid_examples))
-                return rows[: max(_VALID_ROWS, config.eval_users)]
-            return yes_no.valid_rows(
-                self.corpus, config, self.retriever if "hard" in config.negatives else None, _VALID_ROWS
-            )
-        return []
+            rows = next_item.valid_rows(self.corpus, config, _VALID_ROWS)
+        elif isinstance(config, PreferenceConfig):
+            rows = preference.valid_rows(self.corpus, config, self.retriever, _VALID_ROWS)
+        elif isinstance(config, ChooseConfig):
+            rows = choose.valid_rows(self.corpus, config, self.retriever, _VALID_ROWS)
+        elif isinstance(config, ContrastiveConfig):
+            rows = contrastive.valid_rows(self.corpus, config, self.retriever if config.hard else None, _VALID_ROWS)
+        elif isinstance(config, YesNoConfig) and config.examples is None:
+            hard = self.retriever if "hard" in config.negatives else None
+            rows = yes_no.valid_rows(self.corpus, config, hard, _VALID_ROWS)
+        elif isinstance(config, YesNoConfig) and config.valid_examples is not None:
+            rows = list(self._example_rows(config.valid_examples))[: max(_VALID_ROWS, config.eval_users)]
+        return rows
 
     def _key(self) -> tuple[str, ...]:
         """All that decides the rows."""
@@ -189,13 +196,30 @@ class Recipe:
 
     def task(self) -> Task:
         """Rows, loss and validation for the loop."""
-        config = self.config
         valid = self.valid()
-        loss, weight = task_loss(self.name, config)
+        loss, weight = self.objective()
         score, name = self._score(valid)
         rows = self.rows()
         self._require_context(int(rows.lengths.max()))
         return Task(self.name, rows, valid, loss, weight, score, name)
+
+    def objective(self) -> tuple[Loss | StepLoss, Callable[[Batch], float]]:
+        """The summed loss of a batch or of a step, and what it is divided by."""
+        if isinstance(self.config, ContrastiveConfig):
+            return contrastive.InfoNCE(self.corpus, self.config), contrastive.n_pairs
+        return task_loss(self.name, self.config)
+
+    @property
+    def template_names(self) -> tuple[str, ...]:
+        """The templates that the trained model must be served with."""
+        return TEMPLATES[self.name]
+
+    @property
+    def served_as(self) -> dict[str, Any]:
+        """What else of the card serving must keep to: where the vectors of a model trained to embed are taken."""
+        if not isinstance(self.config, ContrastiveConfig):
+            return {}
+        return {"vectors": {"layer": self.student.layer, "pooling": self.config.pooling}}
 
     def _require_context(self, longest: int) -> None:
         """Guard: positions past a model's context are trained to no purpose, and without a word from the model."""
@@ -218,6 +242,8 @@ class Recipe:
             return LetterScore(
                 self.corpus, config, targets, self.retriever.for_targets(targets, config.letters)
             ), "NDCG@10"
+        if isinstance(config, ContrastiveConfig):
+            return NearestScore(self.corpus, config, targets, self.tokenizer), "NDCG@10"
         found = self.retriever.for_targets(targets, config.candidates)
         return LikelihoodScore(self.corpus, config, targets, found, self.tokenizer), "NDCG@10"
 
@@ -253,6 +279,9 @@ _NOT_ROWS = {
     "report_to",
     "beta",
     "likelihood_weight",
+    "temperature",
+    "layer",
+    "catalogue",
 }
 
 
@@ -285,7 +314,7 @@ def finetune(
     accelerator = accelerator or make_accelerator(config, out)
     split = cut(data, config) if isinstance(data, Dataset) else data
     recipe = Recipe(name, config, split)
-    identity = _identity(recipe)
+    identity = identity_of(recipe)
     if accelerator.is_main_process:
         check_out(out, identity, resume)
     # The main process fills the caches of vectors, candidates and rows; the others then read them.
@@ -309,108 +338,6 @@ def finetune(
     if own:  # it finishes the trackers, and the processes' group with them: nothing can wait after that
         accelerator.end_training()
     return outcome
-
-
-def publish(recipe: Recipe, outcome: Outcome, out: Path) -> None:
-    """Put the student's weights and card in ``out``; ModelError where read back they say something else."""
-    card = {
-        "recipe": recipe.name,
-        "templates": {name: recipe.templates.hash(name) for name in TEMPLATES[recipe.name]},
-        **_identity(recipe),
-        "outcome": vars(outcome),
-        "item_texts_cut": recipe.corpus.truncated if recipe.split is not None else 0,
-        "versions": {"python": platform.python_version(), **versions()},
-    }
-    with staged_folder(out / "new") as stage:
-        recipe.student.save(stage)
-        if recipe.config.method == "full":
-            recipe.tokenizer.save_pretrained(stage)
-        write_json(stage / CARD, card)
-        (stage / "prompts").mkdir()
-        for name, text in recipe.templates.sources.items():
-            (stage / "prompts" / f"{name}.jinja").write_text(text, encoding="utf-8")
-    _check_reload(recipe, out / "new")
-    for path in sorted((out / "new").iterdir()):
-        target = out / path.name
-        if path.is_dir() and target.is_dir():
-            for inner in path.iterdir():
-                os.replace(inner, target / inner.name)
-            path.rmdir()
-        else:
-            os.replace(path, target)
-    (out / "new").rmdir()
-
-
-@torch.no_grad()
-def _check_reload(recipe: Recipe, folder: Path) -> None:
-    """The saved adapter, read by stock peft, must say what the trained one says and not what the base says."""
-    if recipe.config.method != "lora":
-        return
-    student = recipe.student
-    student.eval()
-    size = int(student.causal_lm.get_input_embeddings().weight.shape[0])
-    ids = torch.arange(1, 33, device=student.causal_lm.device).remainder(size).unsqueeze(0)
-    trained = student.causal_lm(input_ids=ids, use_cache=False).logits
-    with student.adapter_off():
-        plain = student.causal_lm(input_ids=ids, use_cache=False).logits
-    if torch.equal(trained, plain):
-        raise ModelError(
-            "the trained adapter changes no logit: nothing was learnt",
-            where=str(folder),
-            remedy="train longer or raise learning_rate; the checkpoints are kept",
-        )
-    fresh = load_student(recipe.config.model_copy(update={"start_from": str(folder)}))
-    fresh.eval()
-    moved = float((fresh.causal_lm(input_ids=ids, use_cache=False).logits - trained).abs().max())
-    if moved > 1e-2 * float(trained.abs().max()):
-        raise ModelError(
-            f"the saved adapter does not reload to the trained one (logits differ by {moved:.3g})",
-            where=str(folder),
-            remedy="the checkpoints are kept: report this",
-        )
-
-
-def check_out(out: Path, identity: dict[str, Any], resume: bool) -> None:
-    """StorageError or ConfigError where ``out`` cannot take this run."""
-    started = out / "run.json"
-    if out.is_file():
-        raise StorageError("is a file", where=str(out), remedy="give a folder to write into")
-    if not started.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise StorageError(
-                "the folder holds something that is no run of this kind", where=str(out), remedy="give a new folder"
-            )
-        return
-    if not resume:
-        raise StorageError(
-            "a run was begun there", where=str(out), remedy="go on with --resume, or give a new folder (--out)"
-        )
-    before = read_json(started)
-    changed = [key for key in identity if before.get(key) != identity[key]]
-    if "config" in changed:
-        was, now = before.get("config", {}), identity["config"]
-        changed = [f"config.{key}" for key in now if was.get(key) != now[key]] + [c for c in changed if c != "config"]
-    if changed:
-        raise ConfigError(
-            f"differs from the run begun there in: {', '.join(sorted(changed))}",
-            where=str(out),
-            remedy="resume with the same settings and data, or give a new folder",
-        )
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What must stay the same for a run to go on."""
-    split = recipe.split
-    return {
-        "recipe": recipe.name,
-        "penchant": __version__,
-        "config": recipe.config.model_dump(mode="json"),
-        "base": fingerprint_of(recipe.base),
-        "data": None if split is None else split.dataset.content_hash,
-        "split": None if split is None else split.spec,
-        "template_texts": recipe.templates.hash(),
-        "seed": recipe.config.seed,
-    }
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

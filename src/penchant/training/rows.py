@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from penchant.engine.base import Pooling
 from penchant.errors import DataError
 
 Ints = NDArray[np.int32]
@@ -27,7 +28,9 @@ class Row:
     token ``at[j]`` must predict ``label[j]``, with weight ``weight[j]``, as part of candidate
     ``sequence[j]``; ``group[s]`` is the target that candidate s stands for, and the first candidate of a
     group is the true one. ``choices`` are the label tokens a choice is made among (empty: the whole
-    vocabulary). Provenance: ``user``, and positions in the event log of all ``inputs`` and ``targets``.
+    vocabulary). Where texts are embedded (contrastive), the states at ``at`` times ``weight`` sum to the
+    vector of text ``sequence[j]``, and ``label[j]`` is the item it stands for, -1 for a history. Provenance:
+    ``user``, and positions in the event log of all ``inputs`` and ``targets``.
     """
 
     tokens: Ints
@@ -100,6 +103,21 @@ class RowBuilder:
         self._branch += [self._n_branches] * len(inside)
         self._start += [behind] * len(inside)
         self._add([behind - 1, *range(first, first + len(inside))], list(tokens), 1.0, group)
+
+    def embed(self, item: int, tokens: Sequence[int] = (), *, pooling: Pooling) -> None:
+        """A text whose states are pooled to one vector: ``tokens`` run on their own, or where there are none the trunk.
+
+        All texts of a row are one group. ``item`` is what the text stands for, -1 for a history.
+        """
+        first, n = (len(self._tokens), len(tokens)) if len(tokens) else (0, self._n_trunk)
+        if len(tokens):
+            self._n_branches += 1
+            self._tokens += tokens
+            self._position += range(n)
+            self._branch += [self._n_branches] * n
+            self._start += [0] * n  # it leaves the trunk before its first token: it sees nothing of it
+        at = list(range(first, first + n)) if pooling == "mean" else [first + n - 1]
+        self._add(at, [item] * len(at), 1 / len(at), 0 if self._group else None)
 
     def _add(self, at: list[int], label: list[int], weight: float, group: int | None) -> int:
         if group is None:

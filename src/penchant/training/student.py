@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from penchant.engine.loading import resolve_device, resolve_model
 from penchant.errors import ConfigError, ModelError
+from penchant.interest.vectors import default_layer
 from penchant.training.batch import Batch
-from penchant.training.config import TrainConfig
+from penchant.training.config import ContrastiveConfig, TrainConfig
 from penchant.training.losses import token_logprobs
 
 if TYPE_CHECKING:
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
 
 
 class Student(nn.Module):
-    """A causal LM whose forward gives what the losses need, and not the logits of every position."""
+    """A causal LM whose forward gives what the losses need, and not the logits of every position.
 
-    def __init__(self, model: nn.Module) -> None:
+    With a ``layer`` (1 to the number of blocks) it is trained to embed: forward pools the states of that layer.
+    """
+
+    def __init__(self, model: nn.Module, layer: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.layer = model, layer
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -42,13 +46,21 @@ class Student(nn.Module):
         return self.causal_lm.get_input_embeddings().weight.dtype
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """log p of the labels (m,) float32, or with choices the choices' logits (m, c)."""
+        """log p of the labels (m,) float32; with choices their logits (m, c); with a layer texts' vectors (s, d)."""
         model = self.causal_lm
         base: Any = model.base_model
-        states = base(
-            input_ids=batch.tokens, position_ids=batch.position, attention_mask=batch.mask, use_cache=False
-        ).last_hidden_state
-        chosen = states.flatten(0, 1)[batch.at]
+        found = base(
+            input_ids=batch.tokens,
+            position_ids=batch.position,
+            attention_mask=batch.mask,
+            use_cache=False,
+            output_hidden_states=self.layer is not None,
+        )
+        if self.layer is not None:
+            weighted = found.hidden_states[self.layer].flatten(0, 1)[batch.at].float() * batch.weight.unsqueeze(1)
+            vectors = torch.zeros(len(batch.group), weighted.shape[1], device=weighted.device)
+            return vectors.index_add(0, batch.sequence, weighted)
+        chosen = found.last_hidden_state.flatten(0, 1)[batch.at]
         head: Any = model.get_output_embeddings()
         if len(batch.choices):
             bias = getattr(head, "bias", None)
@@ -112,16 +124,53 @@ def load_student(config: TrainConfig) -> Student:
         model.requires_grad_(False)
         _keep_backward(model)
     _check_head(model)
+    n_blocks = int(model.config.get_text_config().num_hidden_layers)
+    layer = _vector_layer(config, n_blocks) if isinstance(config, ContrastiveConfig) else None
     if config.gradient_checkpointing:
         _recompute(model)
     if config.method == "lora":
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name on its way out
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            model = _adapted(model, config)
-    return Student(model)
+            model = _adapted(model, config, layer or n_blocks)
+    student = Student(model, layer)
+    if layer is not None:
+        _freeze_above(student.causal_lm, layer, n_blocks)
+    return student
 
 
-def _adapted(model: Any, config: TrainConfig) -> PeftModel:
+def _vector_layer(config: ContrastiveConfig, n_blocks: int) -> int:
+    """The layer whose states become vectors, from 1: layer 0 are the token embeddings, which no adapter moves."""
+    layer = default_layer(n_blocks) if config.layer is None else config.layer
+    layer = layer if layer >= 0 else n_blocks + 1 + layer
+    if not 1 <= layer <= n_blocks:
+        raise ConfigError(
+            f"layer {config.layer} of a model with {n_blocks}",
+            where="contrastive",
+            remedy=f"use 1 to {n_blocks}, or -1 for the last",
+        )
+    return layer
+
+
+def _freeze_above(model: Any, layer: int, n_blocks: int) -> None:
+    """Train nothing that has no part in a vector of ``layer``: many processes would wait for its gradient.
+
+    Also the upper blocks of an adapter that training goes on from: they stay as they are.
+    """
+    blocks = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_blocks), None)
+    if blocks is None:
+        raise ModelError(
+            f"has no list of its {n_blocks} blocks to be found",
+            where=type(model).__name__,
+            remedy="use a model of a common kind (Llama, Qwen, Mistral, SmolLM, ...)",
+        )
+    part = {*model.get_input_embeddings().parameters(), *(p for block in blocks[:layer] for p in block.parameters())}
+    for parameter in model.parameters():
+        if parameter not in part:
+            parameter.requires_grad_(False)
+
+
+def _adapted(model: Any, config: TrainConfig, top: int) -> PeftModel:
+    """A new adapter, or ``start_from``'s, on the blocks below ``top``: those above have no part in what is trained."""
     if config.start_from is not None:
         try:
             return PeftModel.from_pretrained(model, config.start_from, is_trainable=True)
@@ -134,11 +183,12 @@ def _adapted(model: Any, config: TrainConfig) -> PeftModel:
     settings = config.lora
     targets: Any = settings.targets
     layers = None
-    if settings.last_layers is not None:
-        n = int(model.config.get_text_config().num_hidden_layers)
-        if settings.last_layers > n:
-            raise ConfigError(f"last_layers is {settings.last_layers} of a model with {n}", where="lora")
-        layers = list(range(n - settings.last_layers, n))
+    n_blocks = int(model.config.get_text_config().num_hidden_layers)
+    if settings.last_layers is not None or top < n_blocks:
+        count = top if settings.last_layers is None else settings.last_layers
+        if count > top:
+            raise ConfigError(f"last_layers is {count} of a model with {top}", where="lora")
+        layers = list(range(top - count, top))
         if targets == "all-linear":
             targets = sorted(
                 {

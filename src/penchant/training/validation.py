@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from penchant import metrics
 from penchant.engine.transformers import TransformersEngine
+from penchant.interest.histories import history_vectors, unit
+from penchant.interest.index import ExactIndex
 from penchant.rank import CALIBRATIONS, Fusion, Ranker, choose_fusion, letters
 from penchant.training.batch import collate
 from penchant.training.candidates import Candidates
 from penchant.training.choose import choose_prompt
-from penchant.training.config import ChooseConfig, TrainConfig
+from penchant.training.config import ChooseConfig, ContrastiveConfig, TrainConfig
 from penchant.training.corpus import Corpus
 from penchant.training.rows import Row, RowBuilder
 from penchant.training.student import Student
@@ -75,6 +77,44 @@ class LikelihoodScore:
         likelihood = ranker.likelihoods(self._histories, self._items)
         ranker.priors(np.unique(np.concatenate(self._items)))
         return likelihood, [ranker.prior[row] for row in self._items]
+
+
+class NearestScore:
+    """NDCG@10 of the items nearest to each history's vector, seen ones left out: retrieval by the LLM alone.
+
+    Searched are the targets' items and a seeded sample of others, ``catalogue`` in all: of a larger catalogue
+    the figure is higher than over the whole.
+    """
+
+    def __init__(
+        self, corpus: Corpus, config: ContrastiveConfig, targets: Targets, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        keep = [i for i in range(len(targets)) if len(targets.history(i))]
+        self._corpus, self._config, self._tokenizer = corpus, config, tokenizer
+        self._histories = [targets.history(i) for i in keep]
+        wanted, n_items = np.unique(targets.item[keep]), len(corpus.texts)
+        others = np.setdiff1d(np.random.default_rng([config.seed, 3]).permutation(n_items), wanted, assume_unique=True)
+        self._items = np.sort(np.append(wanted, others[: max(0, config.catalogue - len(wanted))]))
+        self._target = np.searchsorted(self._items, targets.item[keep])
+
+    def __call__(self, student: Student) -> dict[str, float]:
+        if student.layer is None or not self._histories:
+            return {"NDCG@10": float("nan")}
+        engine, config, texts = engine_of(student, self._tokenizer), self._config, self._corpus.texts
+        vectors = engine.embed([texts[i] for i in self._items], pooling=config.pooling, layer=student.layer)
+        histories = history_vectors(
+            engine,
+            self._corpus.templates,
+            texts,
+            self._histories,
+            layer=student.layer,
+            pooling=config.pooling,
+            max_history=config.max_history,
+            prompt_tokens=config.prompt_tokens,
+        )
+        seen = [np.flatnonzero(np.isin(self._items, history)) for history in self._histories]
+        found, _ = ExactIndex(unit(vectors)).search(histories, 10, exclude=seen)
+        return {"NDCG@10": float(metrics.ndcg(metrics.list_rank(found, self._target), 10).mean())}
 
 
 class LetterScore:
