@@ -19,6 +19,7 @@ _PACKAGES = (
     "scipy",
     "polars",
     "bm25s",
+    "faiss-cpu",
     "implicit",
     "statsmodels",
 )

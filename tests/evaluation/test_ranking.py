@@ -16,7 +16,7 @@ from penchant.data.history import EventLog, Targets
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.evaluation.ranking import rank_targets
 from penchant.evaluation.systems import Queries
-from penchant.interest.index import top_k
+from penchant.interest.top import top_k
 
 
 @dataclass

@@ -1,8 +1,7 @@
 """The one place where scores become ranks: full ranking, seen items masked, ties counted against the target.
 
-Scores come in blocks, so that memory stays bounded whatever the catalogue. A block is read twice: once for the
-largest score of each group of items, which finds the top of the list without sorting the rest, and once to count
-what is not worse than the target.
+Scores come in blocks, so that memory stays bounded whatever the catalogue. A block is read twice: once to find the
+top of the list, and once to count what is not worse than the target.
 """
 
 from __future__ import annotations
@@ -18,16 +17,13 @@ from numpy.typing import NDArray
 from penchant.data.history import Targets
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.evaluation.systems import Queries, System
+from penchant.interest.top import best_of, not_a_number, top_k
 
 Seen = Literal["mask", "keep"]
 Floats = NDArray[np.floating]
 
 # Scores held at once: 8M float32 are 32 MB.
 BLOCK = 8_000_000
-# Items whose largest score is looked at together.
-_GROUP = 16
-# Groups of groups there are for each of the k items: the more, the nearer is the k-th of them to the k-th item.
-_SPARE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +141,7 @@ def _whole(
     column = np.concatenate(masked)
     kept = scores[row, column]
     if np.isnan(kept).any():
-        raise _not_a_number(name)
+        raise not_a_number(name)
     scores[row, column] = -np.inf
     try:
         return _ranks(scores, target, k, name)
@@ -157,61 +153,11 @@ def _ranks(
     scores: Floats, target: NDArray[np.integer], k: int, name: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     n, m = scores.shape
-    group = max(1, min(_GROUP, m // k))
-    best = _group_best(scores, group)
-    if np.isnan(best).any():  # the largest of a group is NaN where any of it is
-        raise _not_a_number(name)
+    top, _ = top_k(scores, k, where=name)  # first: it refuses what is not a number
     own = scores[np.arange(n), target]
     rank = np.fromiter((np.count_nonzero(row >= o) for row, o in zip(scores, own, strict=True)), np.int64, n)
     rank[np.isneginf(own)] = m + 1
-    return rank, _top(scores, best, group, k)
-
-
-def _group_best(scores: Floats, group: int) -> Floats:
-    """The largest score of each group. Item i of the first group * c items is in group i % c; the rest stand alone.
-
-    Groups of items that far apart are read in long rows, at the speed of memory.
-    """
-    n, m = scores.shape
-    c = m // group
-    inner: Floats = scores[:, : c * group].reshape(n, group, c).max(axis=1)
-    return np.concatenate([inner, scores[:, c * group :]], axis=1)
-
-
-def _top(scores: Floats, best: Floats, group: int, k: int) -> NDArray[np.int32]:
-    """The k best items of each row, equals in the order of their index, -1 where fewer are above -inf.
-
-    The k-th largest of the best of groups (of groups) is a floor: k items at least stand on or above it, so an
-    item below is none of them, and neither is any of a group whose best is.
-    """
-    n, m = scores.shape
-    c, groups = m // group, best.shape[1]
-    coarse = _group_best(best, max(1, min(_GROUP, groups // (_SPARE * k))))
-    last = coarse.shape[1] - k
-    floor = np.partition(coarse, last, axis=1)[:, last] if last >= 0 else np.full(n, -np.inf, best.dtype)
-    row, at = np.nonzero((best >= floor[:, None]) & (best > -np.inf))
-    alone = at >= c
-    column = np.where(alone[:, None], at[:, None] - c + c * group, at[:, None] + c * np.arange(group))
-    value = scores[row[:, None], column]
-    kept = (value >= floor[row][:, None]) & (value > -np.inf)
-    kept[alone, 1:] = False
-    flat = np.sort((row[:, None] * m + column)[kept])
-    row, columns = flat // m, flat % m
-    return _best_of(row, columns, scores[row, columns], n, k)
-
-
-def _best_of(row: NDArray[np.integer], column: NDArray[np.integer], value: Floats, n: int, k: int) -> NDArray[np.int32]:
-    """The k best of each row's (column, value) pairs, which come by row and by column: (n, k), padded with -1."""
-    count = np.bincount(row, minlength=n)
-    width = int(count.max()) if n else 0
-    place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    values = np.full((n, width), -np.inf, dtype=value.dtype)
-    columns = np.full((n, width), -1, dtype=np.int32)
-    values[row, place], columns[row, place] = value, column
-    order = np.argsort(-values, axis=1, kind="stable")[:, :k]
-    out = np.full((n, k), -1, dtype=np.int32)
-    out[:, : order.shape[1]] = np.take_along_axis(columns, order, axis=1)
-    return out
+    return rank, top
 
 
 def _among(
@@ -224,13 +170,10 @@ def _among(
     fresh[:, 1:] &= items[:, 1:] != items[:, :-1]
     value = np.take_along_axis(scores, np.maximum(items, 0), axis=1)
     if np.isnan(value[fresh]).any():
-        raise _not_a_number(name)
+        raise not_a_number(name)
     own = scores[np.arange(n), target]
     rank = ((value >= own[:, None]) & fresh).sum(axis=1)
     lost = np.isneginf(own) | ~((items == target[:, None]) & fresh).any(axis=1)
     row, at = np.nonzero(fresh & (value > -np.inf))
-    return np.where(lost, m + 1, rank), _best_of(row, items[row, at], value[row, at], n, k)
-
-
-def _not_a_number(name: str) -> ModelError:
-    return ModelError("gave a score that is not a number", where=name, remedy="score what cannot be served with -inf")
+    top, _ = best_of(row, items[row, at], value[row, at], n, k)
+    return np.where(lost, m + 1, rank), top

@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 
 from penchant.evaluation.ranking import Seen
 from penchant.evaluation.systems import Queries, System
-from penchant.interest.index import top_k
+from penchant.interest.top import top_k
 from penchant.prompt import Templates
 from penchant.rank import Ranker
 
