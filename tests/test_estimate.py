@@ -12,7 +12,7 @@ import torch
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, leave_last_out
 from penchant.estimate import Cost, FitEstimate, estimate_fit
-from penchant.interest.encoder import EncoderConfig
+from penchant.interest.config import EncoderConfig
 from penchant.prompt import Templates
 from penchant.run_folder import FitConfig
 from tests import tiny

@@ -23,7 +23,8 @@ from penchant.environment import environment
 from penchant.evaluation.baselines.sasrec import SASRec
 from penchant.evaluation.ranking import rank_targets
 from penchant.files import write_json
-from penchant.interest.encoder import EncoderConfig, InterestEncoder
+from penchant.interest.config import EncoderConfig
+from penchant.interest.encoder import InterestEncoder
 
 
 @dataclass(frozen=True)

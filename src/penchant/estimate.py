@@ -10,11 +10,11 @@ import numpy as np
 
 from penchant.catalog_trie import CatalogTrie
 from penchant.data.split import Split
+from penchant.interest.fit import training_sequences
 from penchant.interest.softmax import logits_held
 from penchant.interest.train import batch_size, train_encoder, windows
 from penchant.prompt import Templates
 from penchant.rank import Ranker
-from penchant.recommend import training_sequences
 from penchant.run_folder import FitConfig
 
 if TYPE_CHECKING:

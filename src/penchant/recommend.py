@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from penchant import metrics, schema
+from penchant import schema
 from penchant.adapter_card import check_templates
-from penchant.catalog_trie import CatalogTrie
 from penchant.data.dataset import Dataset
-from penchant.data.history import EventLog, Targets
+from penchant.data.history import Targets
 from penchant.data.split import Split, leave_last_out
-from penchant.errors import ConfigError, ModelError
+from penchant.errors import ConfigError, DataError
 from penchant.filters import indices, item_mask
-from penchant.interest.encoder import InterestEncoder
-from penchant.interest.index import ExactIndex
-from penchant.interest.train import train_encoder
-from penchant.interest.vectors import default_layer, item_vectors, standardise
+from penchant.interest.behaviour import Behaviour
+from penchant.interest.fit import fit_encoder
+from penchant.interest.search import search
+from penchant.interest.vectors import Scaling, default_layer, embed_items, item_vectors
+from penchant.interest.words import read_events
 from penchant.lookup import find_title, find_user
 from penchant.prompt import Templates
-from penchant.rank import Fusion, Ranker, choose_fusion
-from penchant.run_folder import FitConfig, Fitted, load_run, save_run
+from penchant.rank import Fusion, choose_fusion
+from penchant.rerank import Rules
+from penchant.run_folder import FitConfig, load_run, save_run
+from penchant.serving import Method, Served
 
 if TYPE_CHECKING:
     from penchant.engine import Engine
 
-Method = Literal["rank", "retrieve", "generate"]
-Items = NDArray[np.int32]
 # A named stage of work begins: (name, its size in units or None) -> called with the units just done.
 Stages = Callable[[str, int | None], Callable[[int], None]]
-
-# Validation users the encoder's early stopping looks at; more would only cost time.
-_STOPPING_USERS = 5_000
 
 
 def silent(name: str, size: int | None) -> Callable[[int], None]:
@@ -48,14 +45,8 @@ def silent(name: str, size: int | None) -> Callable[[int], None]:
 
 
 @dataclass(eq=False)
-class Recommender(Fitted):
+class Recommender(Served):
     """A fitted recommender. Make one with ``fit`` or ``load``."""
-
-    def __post_init__(self) -> None:
-        self.index = ExactIndex(self.encoder.item_matrix())
-        self._engine: Engine | None = None
-        self._ranker: Ranker | None = None
-        self._trie: CatalogTrie | None = None
 
     # -- fitting -------------------------------------------------------------------------------
 
@@ -93,41 +84,42 @@ class Recommender(Fitted):
         if rendered.truncated:
             notes.append(f"{rendered.truncated} item texts were cut to their first 200 characters")
         layer = default_layer(engine.n_layers) if config.layer is None else config.layer
+        config = config.model_copy(update={"layer": layer})
         with timed("embed items"):
-            vectors = item_vectors(
-                engine,
-                rendered.texts,
-                layer=layer,
-                pooling=config.pooling,
-                template_hash=templates.hash("item"),
-                progress=stages("embed items", len(rendered.texts)),
-            )
+            done = stages("embed items", len(items) * max(1, len(config.fields)))
+            vectors = embed_items(engine, items, rendered.texts, config, templates.hash("item"), done)
+
+        def embed_words(texts: Sequence[str]) -> NDArray[np.float32]:
+            done = stages("embed the users' words", len(texts))
+            return item_vectors(engine, texts, layer=layer, pooling=config.pooling, progress=done)
+
+        with timed("embed the users' words"):
+            columns, reading, words = read_events(split, config.encoder, embed_words)
+        if words is None:
+            del seconds["embed the users' words"]
         with timed("train encoder"):
-            stopping = split.valid.sample(_STOPPING_USERS, config.seed)
-            histories = [stopping.history(i) for i in range(len(stopping))]
             done = stages("train encoder", config.encoder.epochs)
 
-            def validate(encoder: InterestEncoder) -> float:
+            def told(epoch: int, loss: float, score: float) -> None:
                 done(1)
-                return encoder_ndcg(encoder, histories, stopping.item)
+                if on_epoch is not None:
+                    on_epoch(epoch, loss, score)
 
-            encoder, training = train_encoder(
-                training_sequences(split),
-                log.n_items,
-                standardise(vectors),
-                config.encoder,
-                validate,
-                on_epoch=on_epoch,
+            text = Scaling.fit(vectors, config.scale).apply(vectors) if config.encoder.use_text else None
+            encoder, training = fit_encoder(
+                split, text, config.encoder, columns, reading, words, seed=config.seed, on_epoch=told
             )
         model = cls(
             split=split,
-            config=config.model_copy(update={"layer": layer}),
+            config=config,
             templates=templates,
             texts=rendered.texts,
             vectors=vectors,
             encoder=encoder,
             engine_source=getattr(engine, "source", None),
             fingerprint=engine.fingerprint,
+            columns=columns,
+            words=words,
             seconds=seconds,
             training=training,
             warnings=notes,
@@ -145,7 +137,7 @@ class Recommender(Fitted):
         histories = [sample.history(i) for i in range(len(sample))]
         if not histories:
             return Fusion(0.0, 0.0)
-        items, scores = self.retrieve(histories, self.config.candidates)
+        items, scores = self.retrieve(self.reading.before(sample.position), self.config.candidates)
         kept = [row >= 0 for row in items]
         candidates = [row[k] for row, k in zip(items, kept, strict=True)]
         likelihood = self.ranker.scores(histories, candidates, stages("LLM on validation users", len(histories)))
@@ -177,95 +169,6 @@ class Recommender(Fitted):
         model.prior = model.ranker.prior
         return model
 
-    # -- the engine ----------------------------------------------------------------------------
-
-    def use_engine(self, engine: Engine) -> None:
-        """Serve with this engine; ModelError unless it is the model (and adapter) the run was fitted with."""
-        if engine.fingerprint != self.fingerprint:
-            raise ModelError(
-                f"the run was fitted with the model {self.fingerprint}, and this engine is {engine.fingerprint}",
-                where="engine",
-                remedy="load the same model, adapter and dtype, or fit again",
-            )
-        check_templates((engine.source or {}).get("adapter"), self.templates)
-        self._engine = engine
-        self._ranker = None
-
-    @property
-    def engine(self) -> Engine:
-        """The LLM, loaded when first needed."""
-        if self._engine is None:
-            if self.engine_source is None:
-                raise ModelError(
-                    "this run does not say how to load its model",
-                    where="engine",
-                    remedy="call use_engine(engine) first",
-                )
-            from penchant.engine.loading import load_engine
-
-            self.use_engine(load_engine(**self.engine_source))
-        if self._engine is None:
-            raise ModelError("no engine", where="engine", remedy="call use_engine(engine)")
-        return self._engine
-
-    @property
-    def ranker(self) -> Ranker:
-        if self._ranker is None:
-            self._ranker = Ranker(
-                self.engine,
-                self.templates,
-                self.texts,
-                max_history=self.config.max_history,
-                prompt_tokens=min(self.config.prompt_tokens, self.engine.context_length),
-                prior=self.prior,
-                question=self.config.question,
-            )
-        return self._ranker
-
-    @property
-    def trie(self) -> CatalogTrie:
-        """The catalogue's titles as a trie over the engine's tokens."""
-        if self._trie is None:
-            self._trie = CatalogTrie.build(self.ranker.tokens(range(len(self.texts))))
-        return self._trie
-
-    # -- stages --------------------------------------------------------------------------------
-
-    @property
-    def log(self) -> EventLog:
-        return self.split.log
-
-    def retrieve(
-        self,
-        histories: Sequence[Items],
-        k: int,
-        *,
-        allowed: NDArray[np.bool_] | None = None,
-        seen: Sequence[Items] | None = None,
-    ) -> tuple[Items, NDArray[np.float32]]:
-        """The encoder's top k for each history (not empty): items and scores, (n, k), padded with -1 and -inf.
-
-        k is no more than the catalogue has items. ``seen`` are the items to leave out, by default each history's own.
-        """
-        interest = self.encoder.encode(histories)
-        k = min(k, self.log.n_items)
-        return self.index.search(interest, k, exclude=histories if seen is None else seen, allowed=allowed)
-
-    def rank(
-        self, histories: Sequence[Items], candidates: Sequence[Items], interest: Sequence[NDArray[np.floating]]
-    ) -> list[NDArray[np.float64]]:
-        """Fused scores of each user's candidates, whose encoder scores are ``interest``; arrays of the same shapes."""
-        if self.fusion.weight == 0:
-            # Validation gave the LLM no say: then it is not asked.
-            return [self.fusion.scores(e, e, np.zeros(len(e))) for e in interest]
-        likelihood = self.ranker.scores(histories, candidates)
-        if self.fusion.calibration:
-            self.ranker.priors(np.unique(np.concatenate(candidates)))
-        return [
-            self.fusion.scores(e, lik, np.nan_to_num(self.ranker.prior[c]))
-            for e, lik, c in zip(interest, likelihood, candidates, strict=True)
-        ]
-
     # -- recommending --------------------------------------------------------------------------
 
     def recommend(
@@ -275,21 +178,34 @@ class Recommender(Fitted):
         *,
         history: Sequence[str] | None = None,
         history_titles: Sequence[str] | None = None,
+        text: str | None = None,
+        text_weight: float = 0.5,
         method: Method = "rank",
         allow: Sequence[str] | None = None,
         deny: Sequence[str] | None = None,
         where: pl.Expr | None = None,
         include_seen: bool = False,
         calibration: float = 0.0,
+        diversity: float = 0.0,
+        caps: Mapping[str, int] | None = None,
+        unique_titles: bool = True,
         batch: int = 256,
     ) -> pl.DataFrame:
-        """The k best items for known users, or for one history of item ids or titles, oldest first.
+        """The k best items for known users, for one history of item ids or titles, oldest first, or for a wish.
 
         Serves from every event the model was given. ``method``: "rank" (the LLM ranks retrieved
         candidates), "retrieve" (the encoder alone), "generate" (the LLM names items of the whole
         catalogue; ``calibration`` is then how much of an item's no-history likelihood is taken out, and
         costs one scoring of all items the first time). ``allow`` and ``deny`` are item ids, ``where`` a polars
         predicate on item columns.
+
+        ``text`` is what a user says they want: items whose text is near to it, blended with the user's interest, or
+        with popularity where there is no history; ``text_weight`` (0 to 1) is the words' share. An embedding hears what
+        is named, not what is denied: use ``where`` for what must not come.
+
+        ``diversity`` (0 to 1) trades relevance for variety (maximal marginal relevance over the items' LLM vectors),
+        ``caps`` says for item columns how many items of one value a list may hold, and a title comes once unless
+        ``unique_titles`` is False. With any of them a list is chosen from more than k candidates.
 
         Columns: user_id (null for a history), item_id, title, score, rank from 1, stage. Scores compare
         within a user and a stage only. Fewer than k rows where the filters leave fewer.
@@ -300,121 +216,97 @@ class Recommender(Fitted):
             raise ConfigError(f"batch is {batch}", where="recommend", remedy="take at least 1 user at a time")
         if method not in ("rank", "retrieve", "generate"):
             raise ConfigError(f"unknown method {method!r}", remedy="use rank, retrieve or generate")
-        names, histories = self._who(users, history, history_titles)
-        allowed = item_mask(self.split.dataset.items, self.log.item_index, allow=allow, deny=deny, where=where)
+        if not 0 <= text_weight <= 1:
+            raise ConfigError(f"text_weight is {text_weight}", where="recommend", remedy="give 0 to 1")
+        names, histories = self._who(users, history, history_titles, wished=text is not None)
+        allowed = item_mask(self.items, self.item_index, allow=allow, deny=deny, where=where)
+        rules = Rules.of(self.items, diversity=diversity, caps=caps, unique=unique_titles)
+        pool = rules.pool(k, len(self.items))
         nobody = np.zeros(0, dtype=np.int32)
         rows: list[tuple[str | None, int, float, int, str]] = []
         for start in range(0, len(names), batch):
             part = histories[start : start + batch]
-            seen = [nobody if include_seen else h for h in part]
-            for name, answer in zip(
-                names[start : start + batch], self._answer(part, seen, k, method, allowed, calibration), strict=True
-            ):
-                rows += [(name, item, score, rank, stage) for rank, (item, score, stage) in enumerate(answer, 1)]
-        items = self.split.dataset.items
+            seen = [nobody if include_seen else h.item for h in part]
+            if text is not None:
+                found = [
+                    self.answer_wish(text, h, s, pool, allowed, text_weight) for h, s in zip(part, seen, strict=True)
+                ]
+            else:
+                found = self.answer(part, seen, pool, method, allowed, calibration)
+            for name, answer in zip(names[start : start + batch], found, strict=True):
+                items = [item for item, _, _ in answer]
+                places = rules.choose(items, self.scaling.apply(self.vectors[items]) if diversity else None, k)
+                chosen = [answer[place] for place in places]
+                rows += [(name, item, score, rank, stage) for rank, (item, score, stage) in enumerate(chosen, 1)]
         at = [row[1] for row in rows]
         return pl.DataFrame(
             {
                 schema.USER: pl.Series([r[0] for r in rows], dtype=pl.String),
-                schema.ITEM: items[schema.ITEM][at],
-                schema.TITLE: items[schema.TITLE][at],
+                schema.ITEM: self.items[schema.ITEM][at],
+                schema.TITLE: self.items[schema.TITLE][at],
                 schema.SCORE: pl.Series([r[2] for r in rows], dtype=pl.Float64),
                 schema.RANK: pl.Series([r[3] for r in rows], dtype=pl.Int32),
                 schema.STAGE: pl.Series([r[4] for r in rows], dtype=pl.String),
             }
         )
 
-    def _answer(
-        self,
-        histories: Sequence[Items],
-        seen: Sequence[Items],
-        k: int,
-        method: Method,
-        allowed: NDArray[np.bool_] | None,
-        calibration: float,
-    ) -> list[list[tuple[int, float, str]]]:
-        """(item, score, stage) best first for each history; popularity where there is nothing to go on."""
-        out: list[list[tuple[int, float, str]]] = [[] for _ in histories]
-        warm = [i for i, h in enumerate(histories) if len(h)]
-        for i in set(range(len(histories))).difference(warm):
-            out[i] = self._popular(k, allowed)
-        if not warm:
-            return out
-        known, masked = [histories[i] for i in warm], [seen[i] for i in warm]
-        if method == "generate":
-            for i, answer in zip(warm, self._generate(known, masked, k, allowed, calibration), strict=True):
-                out[i] = answer
-            return out
-        n = max(k, self.config.candidates) if method == "rank" else k
-        items, scores = self.retrieve(known, n, allowed=allowed, seen=masked)
-        found = [(row[row >= 0], s[row >= 0]) for row, s in zip(items, scores, strict=True)]
-        for i, (row, s) in zip(warm, found, strict=True):
-            out[i] = [(int(a), float(b), schema.STAGE_INTEREST) for a, b in zip(row, s, strict=True)]
-        if method == "rank" and self.fusion.weight > 0:
-            some = [j for j, (row, _) in enumerate(found) if len(row)]
-            if not some:
-                return out
-            top = self.config.candidates
-            candidates = [found[j][0][:top] for j in some]
-            fused = self.rank([known[j] for j in some], candidates, [found[j][1][:top] for j in some])
-            stage = schema.STAGE_FUSED if self.fusion.weight < 1 else schema.STAGE_LLM
-            for j, row, s in zip(some, candidates, fused, strict=True):
-                order = np.lexsort((np.arange(len(row)), -s))
-                head = [(int(row[o]), float(s[o]), stage) for o in order]
-                out[warm[j]] = head + out[warm[j]][len(row) :]
-        return [answer[:k] for answer in out]
+    def interests(
+        self, user: str | None = None, n: int = 5, *, history: Sequence[str] | None = None
+    ) -> tuple[NDArray[np.float32], pl.DataFrame]:
+        """A user's interest vectors (K, dim), and what they are about: the n items nearest to each.
 
-    def _generate(
-        self,
-        histories: Sequence[Items],
-        seen: Sequence[Items],
-        k: int,
-        allowed: NDArray[np.bool_] | None,
-        calibration: float,
-    ) -> list[list[tuple[int, float, str]]]:
-        masks = []
-        for row in seen:
-            mask = np.ones(len(self.texts), dtype=bool) if allowed is None else allowed.copy()
-            mask[row] = False
-            masks.append(mask)
-        prompts = [self.ranker.prompt(h).prompt for h in histories]
-        bonus = -calibration * self.ranker.priors(np.arange(len(self.texts))) if calibration else None
-        answers = self.engine.generate(prompts, self.trie, k, allowed=masks, bonus=bonus)
-        return [[(g.item, g.score, schema.STAGE_GENERATED) for g in answer] for answer in answers]
-
-    def _popular(self, k: int, allowed: NDArray[np.bool_] | None) -> list[tuple[int, float, str]]:
-        counts = np.bincount(self.log.item, minlength=self.log.n_items).astype(np.float64)
-        if allowed is not None:
-            counts[~allowed] = -1
-        order = np.lexsort((np.arange(len(counts)), -counts))[:k]
-        return [(int(i), float(counts[i]), schema.STAGE_POPULARITY) for i in order if counts[i] >= 0]
+        Columns of the frame: interest (from 0), item_id, title, score; items of the history are among them, for they
+        say best what an interest is.
+        """
+        _, (behaviour,) = self._who(None if user is None else [user], history, None)
+        if not len(behaviour):
+            raise DataError("the history is empty", where="interests", remedy="give a user, or a history, with events")
+        vectors = self.encoder.encode([behaviour]).reshape(-1, self.config.encoder.dim)
+        items, scores = search(self.index, vectors, min(n, len(self.items)))
+        flat = items.ravel().tolist()
+        frame = pl.DataFrame(
+            {
+                "interest": np.repeat(np.arange(len(vectors), dtype=np.int32), items.shape[1]),
+                schema.ITEM: self.items[schema.ITEM][flat],
+                schema.TITLE: self.items[schema.TITLE][flat],
+                schema.SCORE: scores.ravel().astype(np.float64),
+            }
+        )
+        return vectors, frame
 
     def _who(
-        self, users: Sequence[str] | None, history: Sequence[str] | None, titles: Sequence[str] | None
-    ) -> tuple[list[str | None], list[Items]]:
+        self,
+        users: Sequence[str] | None,
+        history: Sequence[str] | None,
+        titles: Sequence[str] | None,
+        *,
+        wished: bool = False,
+    ) -> tuple[list[str | None], list[Behaviour]]:
         given = [
             name
             for name, value in (("users", users), ("history", history), ("history_titles", titles))
             if value is not None
         ]
+        if not given and wished:
+            return [None], [Behaviour(np.zeros(0, dtype=np.int32))]
         if len(given) != 1:
             raise ConfigError(
                 f"give one of users, history and history_titles (given: {', '.join(given) or 'none'})",
                 where="recommend",
+                remedy="or text alone, for somebody of whom nothing is known" if not given else "drop the others",
             )
         if users is not None:
             if isinstance(users, str):
                 raise ConfigError("users is one text, not a list of user ids", remedy=f"pass [{users!r}]")
-            return [str(u) for u in users], [self.log.item[self.log.all_of(self.user(u))] for u in users]
+            return [str(u) for u in users], [self.behaviour(str(u)) for u in users]
         if history is not None:
-            return [None], [indices(history, self.log.item_index, "history")]
+            return [None], [Behaviour(indices(history, self.item_index, "history"))]
         if isinstance(titles, str):
             raise ConfigError("history_titles is one text, not a list of titles", remedy=f"pass [{titles!r}]")
-        items = self.split.dataset.items
-        return [None], [np.array([find_title(items, t) for t in titles or ()], dtype=np.int32)]
+        return [None], [Behaviour(np.array([find_title(self.items, t) for t in titles or ()], dtype=np.int32))]
 
     def user(self, user_id: str) -> int:
-        """Index of a user; DataError where the model was given no such user."""
+        """Index of a user in the log of the fit; DataError where there is no such user."""
         return find_user(self.log, str(user_id))
 
     # -- saving --------------------------------------------------------------------------------
@@ -422,29 +314,13 @@ class Recommender(Fitted):
     def save(self, folder: Path | str) -> None:
         """Write the run: everything but the LLM itself, which is named and identified by its hash."""
         save_run(self, Path(folder))
+        self.attach(Path(folder))
 
     @classmethod
     def load(cls, folder: Path | str, engine: Engine | None = None) -> Recommender:
         """Open a saved run. The LLM is loaded when it is first needed, or is ``engine``."""
         model = cls(**vars(load_run(Path(folder))))
+        model.attach(Path(folder))
         if engine is not None:
             model.use_engine(engine)
         return model
-
-
-def training_sequences(split: Split) -> list[Items]:
-    """Each user's training events as item indices, oldest first; users without any are left out."""
-    log = split.log
-    sequences = (log.item[log.all_of(u)][split.train[log.all_of(u)]] for u in range(log.n_users))
-    return [s for s in sequences if len(s)]
-
-
-def encoder_ndcg(encoder: InterestEncoder, histories: Sequence[Items], target: NDArray[np.integer]) -> float:
-    """Mean NDCG@10 over all items, seen ones masked; users without a history count 0."""
-    warm = [i for i, h in enumerate(histories) if len(h)]
-    if not warm:
-        return 0.0
-    known = [histories[i] for i in warm]
-    items, _ = ExactIndex(encoder.item_matrix()).search(encoder.encode(known), 10, exclude=known)
-    rank = metrics.list_rank(items, target[warm])
-    return float(metrics.ndcg(rank, 10).sum() / len(histories))

@@ -16,8 +16,12 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import Split
 from penchant.errors import StorageError
 from penchant.files import read_json, save_array, sha256_file, staged_folder, write_json
-from penchant.interest.encoder import EncoderConfig, InterestEncoder
-from penchant.interest.vectors import standardise
+from penchant.interest.config import EncoderConfig
+from penchant.interest.encoder import InterestEncoder
+from penchant.interest.inputs import Columns
+from penchant.interest.vectors import Scale, Scaling
+from penchant.interest.words import Words
+from penchant.journal import Journal, write_journal
 from penchant.prompt import NAMES, Templates
 from penchant.rank import Fusion, Question, letters
 
@@ -29,6 +33,10 @@ class FitConfig(BaseModel):
 
     encoder: EncoderConfig = Field(default_factory=EncoderConfig, description="the interest encoder")
     layer: int | None = Field(default=None, description="LLM layer of the item vectors; None: two thirds up")
+    fields: tuple[str, ...] = Field(
+        default=(), description="item columns embedded one by one, side by side; none: the item template's text"
+    )
+    scale: Scale = Field(default="standardise", description="of the vectors: standardise, or whiten")
     pooling: Literal["mean", "last"] = Field(default="mean", description="pooling of the item vectors over tokens")
     question: Question = Field(
         default="likelihood", description="what the LLM is asked of the candidates: likelihood, choose or yes_no"
@@ -50,7 +58,8 @@ class FitConfig(BaseModel):
 class Fitted:
     """All that fitting made, and all that a run folder holds.
 
-    ``texts`` are the rendered items, ``vectors`` (n_items, d) the LLM's item vectors as they came, ``prior``
+    ``texts`` are the rendered items, ``vectors`` (n_items, d) the LLM's item vectors as they came, ``columns`` and
+    ``words`` what the encoder reads of events beside their items, ``live`` what has happened since, ``prior``
     (n_items,) the no-history log-likelihoods in nats (NaN where not needed yet), ``seconds`` where the time went.
     ``embedder`` names the model that made the vectors where it isn't the one that ranks (fingerprint, source).
     """
@@ -63,6 +72,9 @@ class Fitted:
     encoder: InterestEncoder
     engine_source: dict[str, Any] | None
     fingerprint: str
+    columns: Columns = field(default_factory=Columns)
+    words: Words | None = None
+    live: list[dict[str, Any]] = field(default_factory=list)
     embedder: dict[str, Any] | None = None
     fusion: Fusion = field(default_factory=lambda: Fusion(0.0, 0.0))
     prior: NDArray[np.float64] | None = None
@@ -71,7 +83,8 @@ class Fitted:
     warnings: list[str] = field(default_factory=list)
 
 
-FORMAT = 1
+FORMAT = 2
+JOURNAL, WORDS = "live.jsonl", "words.npz"
 _FILES = ("split.npz", "encoder.safetensors", "vectors.npy", "prior.npy")
 
 
@@ -82,9 +95,13 @@ def save_run(model: Fitted, folder: Path) -> None:
         model.split.dataset.save(stage / "dataset")
         model.split.save(stage)
         model.encoder.save(stage / "encoder.safetensors")
-        save_array(stage / "vectors.npy", model.vectors)
-        prior = model.prior if model.prior is not None else np.full(len(model.texts), np.nan)
-        save_array(stage / "prior.npy", prior)
+        n_items = model.split.log.n_items  # items that came since are in the journal
+        save_array(stage / "vectors.npy", model.vectors[:n_items])
+        prior = model.prior if model.prior is not None else np.full(n_items, np.nan)
+        save_array(stage / "prior.npy", prior[:n_items])
+        if model.words is not None:
+            model.words.save(stage / WORDS)
+        write_journal(stage / JOURNAL, model.live)
         (stage / "prompts").mkdir()
         for name, text in model.templates.sources.items():
             (stage / "prompts" / f"{name}.jinja").write_text(text, encoding="utf-8")
@@ -99,12 +116,14 @@ def save_run(model: Fitted, folder: Path) -> None:
                 "data": model.split.dataset.content_hash,
                 "templates": model.templates.hash(),
                 "split": model.split.spec,
+                "columns": model.columns.model_dump(mode="json"),
                 "config": model.config.model_dump(mode="json"),
                 "fusion": model.fusion.to_dict(),
                 "training": model.training,
                 "seconds": {name: round(value, 2) for name, value in model.seconds.items()},
                 "warnings": model.warnings,
-                "files": {name: sha256_file(stage / name) for name in _FILES},
+                # The journal goes on growing, and has checksums of its own.
+                "files": {name: sha256_file(stage / name) for name in (*_FILES, WORDS) if (stage / name).is_file()},
             },
         )
 
@@ -144,12 +163,20 @@ def load_run(folder: Path) -> Fitted:
                 remedy="put them back, or fit again with --prompts FOLDER",
             )
         vectors: NDArray[np.float32] = np.load(folder / "vectors.npy", allow_pickle=False)
+        columns = Columns.model_validate(manifest["columns"])
+        words = Words.load(folder / WORDS) if columns.words else None
         encoder = InterestEncoder.load(
             folder / "encoder.safetensors",
             config.encoder,
             len(vectors),
-            standardise(vectors) if config.encoder.use_text else None,
+            Scaling.fit(vectors, config.scale).apply(vectors) if config.encoder.use_text else None,
+            columns=columns.sizes,
+            words=None if words is None else words.vectors,
+            n_words=len(columns.words),
         )
+        journal = Journal(folder / JOURNAL)
+        live = journal.read()
+        notes = ["an update that a crash cut off was left out"] if journal.torn else []
         texts = templates.item_texts(dataset.items.to_dict(as_series=False), split.log.item_ids).texts
         return Fitted(
             split=split,
@@ -160,12 +187,15 @@ def load_run(folder: Path) -> Fitted:
             encoder=encoder,
             engine_source=manifest["engine"],
             fingerprint=manifest["fingerprint"],
+            columns=columns,
+            words=words,
+            live=live,
             embedder=manifest.get("embedder"),
             fusion=Fusion(**manifest["fusion"]),
             prior=np.load(folder / "prior.npy", allow_pickle=False),
             seconds=manifest["seconds"],
             training=manifest["training"],
-            warnings=manifest["warnings"],
+            warnings=[*manifest["warnings"], *notes],
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ValidationError) as error:
         raise StorageError(

@@ -23,7 +23,7 @@ from penchant.evaluation.baselines.popularity import Popularity, fit_popularity
 from penchant.evaluation.baselines.sasrec import fit_sasrec
 from penchant.evaluation.baselines.tune import Validation
 from penchant.evaluation.systems import Queries, System
-from penchant.interest.encoder import EncoderConfig
+from penchant.interest.config import EncoderConfig
 from penchant.interest.mult_vae import MultVAE, MultVAEConfig, kl_weight, train_mult_vae
 from penchant.prompt import Templates
 from penchant.rank import Ranker

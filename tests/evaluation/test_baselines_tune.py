@@ -30,7 +30,7 @@ from penchant.evaluation.baselines.mult_vae import MultVAESystemConfig
 from penchant.evaluation.baselines.nearest import NearestConfig
 from penchant.evaluation.baselines.tune import grid, tune, within
 from penchant.evaluation.systems import Queries
-from penchant.interest.encoder import EncoderConfig
+from penchant.interest.config import EncoderConfig
 
 QUICK: list[Name] = ["popularity", "recent", "bm25", "nearest", "item_knn", "ease", "als"]
 

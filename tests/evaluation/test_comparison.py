@@ -20,7 +20,8 @@ from penchant.evaluation.comparison import Comparison, spread
 from penchant.evaluation.ranking import Ranked
 from penchant.evaluation.store import Finished, Store, key_of
 from penchant.evaluation.tasks import Task
-from penchant.interest.encoder import EncoderConfig, InterestEncoder
+from penchant.interest.config import EncoderConfig
+from penchant.interest.encoder import InterestEncoder
 
 SMALL = ["popularity", "item_knn", "sasrec"]
 SASREC = "SASRec (cross entropy)"

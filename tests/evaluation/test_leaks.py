@@ -20,7 +20,7 @@ from penchant.errors import ConfigError, DataError
 from penchant.evaluation import leaks as module
 from penchant.evaluation.leaks import LeakCheck, Row, Rows, check_contents, check_rows, check_run
 from penchant.evaluation.systems import Queries
-from penchant.interest.encoder import EncoderConfig
+from penchant.interest.config import EncoderConfig
 from penchant.recommend import Recommender
 from penchant.run_folder import FitConfig
 from penchant.tokens import Prompt, Segment

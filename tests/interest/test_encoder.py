@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from penchant.errors import ConfigError, DataError, ModelError
-from penchant.interest.encoder import EncoderConfig, InterestEncoder, pad
+from penchant.interest.behaviour import Behaviour, pad
+from penchant.interest.config import EncoderConfig
+from penchant.interest.encoder import InterestEncoder
 from penchant.interest.index import ExactIndex
 from penchant.interest.train import train_encoder, windows
+from penchant.interest.vectors import standardise
 
 N_ITEMS = 12
 SMALL = EncoderConfig(dim=16, blocks=2, heads=2, dropout=0.0, max_length=8, epochs=2, batch_rows=4)
@@ -56,7 +59,7 @@ def loud(config: EncoderConfig = SMALL, text: np.ndarray | None = None, seed: in
 def interests(encoder: InterestEncoder, rows: list[list[int]]) -> np.ndarray:
     """Interest after each event of equally long rows: (n, length, dim)."""
     with torch.inference_mode():
-        return encoder(torch.tensor(rows), encoder.items()).numpy()
+        return encoder(pad(as_rows(rows)), encoder.items()).numpy()
 
 
 def as_rows(rows: list[list[int]]) -> list[np.ndarray]:
@@ -156,9 +159,24 @@ def test_histories_are_left_as_they_were_even_when_read_only() -> None:
 
 
 def test_pad_by_hand() -> None:
-    ids, length = pad(as_rows([[4, 5], [6], [1, 2, 3]]))
-    assert ids.tolist() == [[4, 5, 0], [6, 0, 0], [1, 2, 3]]
-    assert length.tolist() == [2, 1, 3]
+    plain = pad(as_rows([[4, 5], [6], [1, 2, 3]]))
+    assert plain.item.tolist() == [[4, 5, 0], [6, 0, 0], [1, 2, 3]]
+    assert plain.length.tolist() == [2, 1, 3]
+    assert plain.real.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+    assert (plain.codes, plain.words, plain.value) == (None, None, None)
+    more = Behaviour(
+        np.array([4, 5], np.int32),
+        np.array([[1, 2], [3, 4]], np.int32),
+        np.array([[7], [-1]], np.int32),
+        np.array([0.5, np.nan], np.float32),
+    )
+    batch = pad([more, np.array([6, 1, 2])], 2, 1, value=True)
+    assert batch.codes is not None
+    assert batch.words is not None
+    assert batch.value is not None
+    assert batch.codes.tolist() == [[[1, 2], [3, 4], [0, 0]], [[0, 0]] * 3]
+    assert batch.words.tolist() == [[[7], [-1], [-1]], [[-1]] * 3]
+    np.testing.assert_array_equal(batch.value.numpy(), [[0.5, np.nan, np.nan], [np.nan] * 3])
 
 
 # -- items -------------------------------------------------------------------------------------
@@ -220,12 +238,12 @@ def test_text_alone_scores_an_item_never_trained_on(rng: np.random.Generator) ->
     # texts are of the first and of the second kind.
     kinds = rng.standard_normal((2, 8))
     kind = np.array([0] * 5 + [1] * 5 + [0, 1])
-    text = (kinds[kind] + 0.1 * rng.standard_normal((N_ITEMS, 8))).astype(np.float32)
+    text = standardise((kinds[kind] + 0.1 * rng.standard_normal((N_ITEMS, 8))).astype(np.float32))
     sequences = []
     for _ in range(40):
         begin = rng.integers(2)
         sequences.append(np.array([rng.integers(5) + 5 * ((begin + n) % 2) for n in range(8)]))
-    config = LEARNING.model_copy(update={"use_ids": False, "epochs": 10})
+    config = LEARNING.model_copy(update={"use_ids": False, "epochs": 40})
     encoder, _ = train_encoder(sequences, N_ITEMS, text, config, better_each_time())
     after_first, after_second = encoder.encode(as_rows([[7, 2], [2, 7]])) @ encoder.item_matrix().T
     assert after_first[11] > after_first[:5].max()
@@ -321,8 +339,8 @@ def test_training_stops_by_patience_and_keeps_the_best_epoch(
         on_epoch=lambda *done: told.append(done),
     )
     assert [row["epoch"] for row in log] == list(range(1, ran + 1))
-    assert [row["valid_ndcg@10"] for row in log] == scores[:ran]
-    assert told == [(row["epoch"], row["loss"], row["valid_ndcg@10"]) for row in log]
+    assert [row["valid"] for row in log] == scores[:ran]
+    assert told == [(row["epoch"], row["loss"], row["valid"]) for row in log]
     state = encoder.state_dict()
     assert all(torch.equal(state[name], kept[best - 1][name]) for name in state)
     assert not torch.equal(kept[0]["ids.weight"], kept[1]["ids.weight"])

@@ -40,7 +40,7 @@ def demo_command(
     from penchant.evaluation.evaluate import evaluate
     from penchant.fetch import fetch
     from penchant.files import write_json
-    from penchant.interest.encoder import EncoderConfig
+    from penchant.interest.config import EncoderConfig
     from penchant.run_folder import FitConfig
 
     seconds: dict[str, float] = {}

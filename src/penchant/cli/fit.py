@@ -81,6 +81,7 @@ def fit_command(
 
     quiet_libraries()
     from penchant.engine.loading import describe_model, load_engine, resolve_model
+    from penchant.interest.fit import stopping_metric
     from penchant.prompt import Templates
     from penchant.recommend import Recommender
 
@@ -100,10 +101,10 @@ def fit_command(
         fitted = Recommender.fit(cut, engine, chosen, prompts=prompts, stages=stages)
     for warning in fitted.warnings:
         err.print(f"warning: {warning}")
-    last = max(fitted.training, key=lambda epoch: epoch["valid_ndcg@10"])
+    last = max(fitted.training, key=lambda epoch: epoch["valid"])
     typer.echo(
         f"encoder: {len(fitted.training)} epochs, best {int(last['epoch'])}, "
-        f"validation NDCG@10 {last['valid_ndcg@10']:.4f}"
+        f"validation {stopping_metric(chosen.encoder)} {last['valid']:.4f}"
     )
     fusion = fitted.fusion
     typer.echo(

@@ -43,7 +43,8 @@ from penchant.evaluation.store import Finished, Store, key_of
 from penchant.evaluation.systems import System
 from penchant.evaluation.tasks import Asked, Task, asked_of, read_data, split_of
 from penchant.files import sha256_file, staged_file
-from penchant.interest.encoder import EncoderConfig, InterestEncoder
+from penchant.interest.config import EncoderConfig
+from penchant.interest.encoder import InterestEncoder
 from penchant.interest.train import train_encoder
 from penchant.interest.vectors import default_layer, item_vectors, standardise
 from penchant.prompt import Templates

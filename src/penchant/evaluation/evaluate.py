@@ -122,7 +122,7 @@ def evaluate(
         ranked,
         [system.name for system in baselines],
         model=model,
-        vectors=standardise(model.vectors),
+        vectors=standardise(model.vectors[: model.log.n_items]),
         seconds=seconds,
         slices=slices,
         item_columns=item_columns,

@@ -20,7 +20,7 @@ from penchant.data.history import Targets
 from penchant.data.split import Split
 from penchant.errors import ConfigError, DataError
 from penchant.evaluation.systems import Queries
-from penchant.recommend import training_sequences
+from penchant.interest.fit import training_sequences
 from penchant.schema import ITEM, TIME, USER
 from penchant.tokens import Prompt
 

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from penchant.data.history import Targets
 from penchant.evaluation.ranking import Ranked, Seen
+from penchant.interest.behaviour import Behaviour
 from penchant.rank import Fusion
-from penchant.recommend import Items, Recommender, Stages
+from penchant.recommend import Recommender, Stages
+from penchant.serving import Items
 
 LIKELIHOOD = "llm likelihood"
 CALIBRATED = "llm likelihood - no-history likelihood"
@@ -60,7 +62,8 @@ def run_llm_stage(
     ``encoder`` is the encoder's ranking of the same targets: behind the candidates its order goes on.
     """
     histories = [targets.history(i) for i in range(len(targets))]
-    items, interest = _candidates(model, histories, seen, seen_last, candidates)
+    behaviours = model.reading.before(targets.position)
+    items, interest = _candidates(model, behaviours, seen, seen_last, candidates)
     engine = model.engine
     begun, counted = time.perf_counter(), _tokens(engine)
     likelihood = model.ranker.scores(histories, items, stages("LLM on test users", len(histories)))
@@ -88,23 +91,26 @@ def run_llm_stage(
 
 def _candidates(
     model: Recommender,
-    histories: Sequence[Items],
+    histories: Sequence[Behaviour],
     seen: Seen,
     last: int | None,
     given: NDArray[np.integer] | None,
 ) -> tuple[list[Items], list[NDArray[np.float32]]]:
     """Each target's candidates without repeats, and the encoder's scores of them."""
     if given is None:
-        masked = [h[max(0, len(h) - last) :] if last is not None else h for h in histories]
+        masked = [h.item[max(0, len(h) - last) :] if last is not None else h.item for h in histories]
         if seen == "keep":
-            masked = [h[:0] for h in histories]
-        found, scores = model.retrieve(histories, model.config.candidates, seen=masked)
+            masked = [h.item[:0] for h in histories]
+        # Items added since the fit are no part of what is evaluated.
+        allowed = np.arange(len(model.texts)) < model.log.n_items
+        found, scores = model.retrieve(histories, model.config.candidates, seen=masked, allowed=allowed)
         kept = [row >= 0 for row in found]
         rows = [row[k] for row, k in zip(found, kept, strict=True)]
         return rows, [s[k] for s, k in zip(scores, kept, strict=True)]
     items = [np.unique(row[row >= 0]).astype(np.int32) for row in given]
     interest = model.encoder.encode(histories)
-    return items, [model.index.vectors[row] @ vector for row, vector in zip(items, interest, strict=True)]
+    vectors = model.index.vectors
+    return items, [model.encoder.scores(interest[i : i + 1], vectors[row])[0] for i, row in enumerate(items)]
 
 
 def _reordered(

@@ -23,9 +23,9 @@ def own_systems(model: Recommender) -> list[System]:
     Where a history is empty all three give popularity.
     """
     counts = model.split.train_counts.astype(np.float32)
-    nearest = fit_nearest(standardise(model.vectors), counts, NearestConfig(last=1))
+    nearest = fit_nearest(standardise(model.vectors[: len(counts)]), counts, NearestConfig(last=1))
     return [
-        SASRec(model.encoder, model.index.vectors, counts, ENCODER),
+        SASRec(model.encoder, model.index.vectors[: len(counts)], counts, ENCODER, model.reading),
         Popularity(counts),
         dataclasses.replace(nearest, name=LAST),
     ]

@@ -1,85 +1,65 @@
-"""The interest encoder: a history's item vectors in, one interest vector out.
+"""The interest encoder: behaviours and contents as LLM vectors in, interest and item vectors out.
 
-A causal transformer over item representations (SASRec, Kang and McAuley 2018, section 3), where an
-item is its LLM text vector through a trained projection, plus an ID embedding. With IDs alone it is
-SASRec; the interest vector's dot product with an item's representation is that item's score.
+u = E_u(what the user did), c = E_c(what the item is), r(u, c) = R(u, c).
+
+An item is its LLM text vector through a trained projection, plus an ID embedding. A history is read by a causal
+transformer over these (SASRec, Kang and McAuley 2018, section 3), a GRU or a recency-weighted mean. With IDs alone and
+the transformer it is SASRec.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from penchant.errors import StorageError
-
-
-class EncoderConfig(BaseModel):
-    """Shape and training of the encoder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dim: int = Field(default=64, ge=4, description="size of item and interest vectors")
-    blocks: int = Field(default=2, ge=1, description="transformer blocks")
-    heads: int = Field(default=2, ge=1, description="attention heads; must divide dim")
-    dropout: float = Field(default=0.3, ge=0, lt=1, description="after embeddings, attention and feed-forward")
-    max_length: int = Field(default=100, ge=1, description="newest events of a history that are read")
-    use_text: bool = Field(default=True, description="item vectors from the LLM")
-    use_ids: bool = Field(default=True, description="an ID embedding for each item")
-    epochs: int = Field(default=40, ge=1, description="most epochs; training stops earlier by patience")
-    patience: int = Field(default=6, ge=1, description="epochs without a better validation NDCG@10 before it stops")
-    batch_rows: int | None = Field(
-        default=None, ge=1, description="histories in a training step; None: as many as hold about 2,000 events"
-    )
-    learning_rate: float = Field(default=2e-3, gt=0, description="AdamW's peak, after warm-up, before cosine decay")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW")
-    softmax_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the products over the catalogue in training (bfloat16: faster on new CPUs)"
-    )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of initial weights, dropout and the order of batches")
-
-
-class _Block(nn.Module):
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.rate = heads, dropout
-        self.norm_in, self.norm_mid = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, length, dim = x.shape
-        q, k, v = self.qkv(self.norm_in(x)).view(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        # Right padding: a causal mask alone keeps real positions from seeing it.
-        attended = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=self.rate if self.training else 0.0
-        )
-        x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(n, length, dim)))
-        return x + self.dropout(self.mlp(self.norm_mid(x)))
+from penchant.errors import ConfigError, StorageError
+from penchant.interest.behaviour import Batch, Behaviour, History, pad
+from penchant.interest.config import EncoderConfig
+from penchant.interest.relevance import Relevance
+from penchant.interest.sequence import SEQUENCES, Interests
 
 
 class InterestEncoder(nn.Module):
-    """E_u and E_c of one model. ``text`` (n_items, d_text) are standardised LLM vectors, or None without text."""
+    """E_u, E_c and R of one model.
+
+    ``text`` (n_items, d_text) are standardised LLM vectors, or None without text. ``columns`` are the sizes of the
+    input columns (codes from 0 to size - 1). ``words`` (n_texts, d_words) are the standardised LLM vectors of the
+    users' own words, ``n_words`` how many texts an event may have.
+    """
 
     text: torch.Tensor | None
+    words: torch.Tensor | None
+    warm: torch.Tensor
 
-    def __init__(self, config: EncoderConfig, n_items: int, text: NDArray[np.float32] | None) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        n_items: int,
+        text: NDArray[np.float32] | None,
+        *,
+        columns: Sequence[int] = (),
+        words: NDArray[np.float32] | None = None,
+        n_words: int = 0,
+    ) -> None:
         super().__init__()
         self.config = config
         self.n_items = n_items
-        # Not a parameter and not saved with the weights: the run keeps the vectors themselves.
+        self._kept: torch.Tensor | None = None
+        # Not parameters and not saved with the weights: the run keeps the vectors themselves.
         self.register_buffer("text", None if text is None else torch.from_numpy(text), persistent=False)
+        self.register_buffer("words", None if words is None else torch.from_numpy(words), persistent=False)
+        # Items that training knows. The others have no ID: where there is text, it speaks for them alone.
+        self.register_buffer("warm", torch.ones(n_items, dtype=torch.bool))
         dim = config.dim
         self.ids = nn.Embedding(n_items, dim) if config.use_ids else None
         self.project = (
@@ -87,13 +67,17 @@ class InterestEncoder(nn.Module):
             if text is not None and config.use_text
             else None
         )
-        self.positions = nn.Embedding(config.max_length, dim)
-        self.blocks = nn.ModuleList(_Block(dim, config.heads, config.dropout) for _ in range(config.blocks))
+        self.columns = nn.ModuleList(nn.Embedding(size, dim, padding_idx=0) for size in columns)
+        self.n_words = n_words
+        self.listen = nn.Linear(words.shape[1], dim) if words is not None and n_words else None
+        self.sequence = SEQUENCES[config.kind](config)
+        self.several = Interests(dim, config.interests) if config.interests > 1 else None
         self.norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
-        for embedding in (self.ids, self.positions):
-            if embedding is not None:
-                nn.init.normal_(embedding.weight, std=0.02)
+        self.relevance = Relevance(config)
+        if self.ids is not None:
+            nn.init.normal_(self.ids.weight, std=0.02)
+
+    # -- E_c -----------------------------------------------------------------------------------
 
     def items(self) -> torch.Tensor:
         """E_c: the representation of every item, (n_items, dim)."""
@@ -101,27 +85,141 @@ class InterestEncoder(nn.Module):
         if self.project is not None:
             parts.append(self.project(self.text))
         if self.ids is not None:
-            parts.append(self.ids.weight)
+            ids = self.ids.weight
+            if self.project is not None:
+                keep = self.warm[: len(ids), None].to(ids.dtype)
+                if self.training and self.config.id_dropout:
+                    # Whole IDs, as inputs and as targets: what is left of such an item is its text.
+                    keep = keep * (torch.rand(len(ids), 1, device=ids.device) >= self.config.id_dropout)
+                ids = ids * keep
+            # Items added later have no ID.
+            parts.append(F.pad(ids, (0, 0, 0, self.n_items - len(ids))))
         return torch.stack(parts).sum(0)
 
-    def forward(self, history: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        """Interest after each event: item indices (n, length), right-padded, to (n, length, dim)."""
-        position = torch.arange(history.shape[1], device=history.device)
+    def fork(self, n_items: int, n_words: int) -> InterestEncoder:
+        """The same weights (shared) with its first items and texts alone: what is added to one is not in the other."""
+        made = copy.copy(self)
+        made._buffers = dict(self._buffers)
+        made.n_items, made._kept = n_items, None
+        made.text = None if self.text is None else self.text[:n_items]
+        made.words = None if self.words is None else self.words[:n_words]
+        return made
+
+    def add_items(self, text: NDArray[np.float32]) -> int:
+        """Serve new items from their standardised LLM vectors (n, d_text) alone; returns the first one's index."""
+        if self.text is None or self.project is None:
+            raise ConfigError(
+                "the encoder reads IDs alone, so an item it was not trained on has no vector",
+                where="add_items",
+                remedy="fit with use_text",
+            )
+        first = self.n_items
+        self.text = torch.cat([self.text, torch.from_numpy(text).to(self.text)])
+        self.n_items += len(text)
+        self._kept = None
+        return first
+
+    def add_words(self, vectors: NDArray[np.float32]) -> int:
+        """Add standardised LLM vectors (n, d_words) of new texts to the table; returns the first one's row."""
+        if self.words is None:
+            raise ConfigError("the encoder reads no words", where="add_words", remedy="fit with inputs review or query")
+        first = len(self.words)
+        self.words = torch.cat([self.words, torch.from_numpy(vectors).to(self.words)])
+        return first
+
+    # -- E_u -----------------------------------------------------------------------------------
+
+    def forward(self, history: Batch, items: torch.Tensor) -> torch.Tensor:
+        """Interest after each event: (n, L, dim), or (n, L, K, dim) for K interests."""
         # Scaled as in SASRec: unscaled, positions drown the items for the first epochs of a sparse log.
-        x = self.dropout(items[history] * math.sqrt(self.config.dim) + self.positions(position))
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        x = items[history.item] * math.sqrt(self.config.dim)
+        if history.codes is not None:
+            for place, column in enumerate(self.columns):
+                x = x + column(history.codes[..., place])
+        if history.words is not None and self.listen is not None and self.words is not None:
+            for place in range(self.n_words):
+                at = history.words[..., place]
+                x = x + self.listen(self.words[at.clamp(min=0)]) * (at >= 0)[..., None]
+        states: torch.Tensor = self.sequence(x)
+        if self.several is not None:
+            states = self.several(states)
+        return self.norm(states)
+
+    def batch(self, rows: Sequence[History], *, value: bool = False) -> Batch:
+        """Histories as this encoder reads them, on its device; the caller cuts them to ``max_length``."""
+        return pad(rows, len(self.columns), self.n_words, value=value).to(self.norm.weight.device)
+
+    def train(self, mode: bool = True) -> InterestEncoder:
+        """As of every module; what was kept for serving is forgotten, for the weights may have changed."""
+        self._kept = None
+        return super().train(mode)
+
+    def _serve(self) -> None:
+        if self.training:
+            self.eval()
+
+    def _served_items(self) -> torch.Tensor:
+        """E_c, computed once until ``train``, ``eval`` or new items: a request must not project the catalogue."""
+        if self._kept is None:
+            self._kept = self.items()
+        return self._kept
+
+    # -- as numpy, for serving -----------------------------------------------------------------
+
+    @torch.inference_mode()
+    def item_matrix(self) -> NDArray[np.float32]:
+        """E_c as R compares it, (n_items, dim) float32, for an index."""
+        self._serve()
+        return self.relevance.items(self._served_items()).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def encode(self, histories: Sequence[History], batch: int = 256) -> NDArray[np.float32]:
+        """E_u as R compares it: the interest of each history (oldest event first, none of them empty).
+
+        (n, dim) float32; (n, K, dim) for K interests.
+        """
+        self._serve()
+        several = (self.config.interests,) if self.config.interests > 1 else ()
+        out = np.zeros((len(histories), *several, self.config.dim), dtype=np.float32)
+        if not len(histories):
+            return out
+        items = self._served_items()
+        recent = [Behaviour.of(h)[-self.config.max_length :] for h in histories]
+        order = sorted(range(len(recent)), key=lambda i: len(recent[i]))
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            read = self.batch([recent[i] for i in rows])
+            states = self(read, items)[torch.arange(len(rows)), read.length - 1]
+            out[rows] = self.relevance.users(states).float().cpu().numpy()
+        return out
+
+    @torch.inference_mode()
+    def scores(self, interest: NDArray[np.float32], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """R of every pair, (n, m): interests (n, dim) or (n, K, dim) from ``encode``, rows of ``item_matrix``."""
+        self._serve()
+        return self.relevance.pairs(torch.from_numpy(interest), torch.from_numpy(vectors)).numpy()
+
+    # -- on disk -------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
         """Write the trained weights as safetensors; the text vectors are the run's to keep."""
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, path)
 
     @classmethod
-    def load(cls, path: Path, config: EncoderConfig, n_items: int, text: NDArray[np.float32] | None) -> InterestEncoder:
+    def load(
+        cls,
+        path: Path,
+        config: EncoderConfig,
+        n_items: int,
+        text: NDArray[np.float32] | None,
+        *,
+        columns: Sequence[int] = (),
+        words: NDArray[np.float32] | None = None,
+        n_words: int = 0,
+    ) -> InterestEncoder:
         """Read weights written by ``save`` into an encoder of the same shape; StorageError where they don't fit."""
         with torch.random.fork_rng(devices=[]):  # its first weights are thrown away; the caller's randomness is not
-            encoder = cls(config, n_items, text)
+            encoder = cls(config, n_items, text, columns=columns, words=words, n_words=n_words)
         try:
             encoder.load_state_dict(load_file(path))
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -129,35 +227,3 @@ class InterestEncoder(nn.Module):
                 f"cannot be read as this encoder: {error}", where=str(path), remedy="make the run again"
             ) from error
         return encoder.eval()
-
-    @torch.inference_mode()
-    def item_matrix(self) -> NDArray[np.float32]:
-        """E_c as numpy, (n_items, dim) float32, for an index."""
-        self.eval()
-        return self.items().float().cpu().numpy()
-
-    @torch.inference_mode()
-    def encode(self, histories: Sequence[NDArray[np.integer]], batch: int = 256) -> NDArray[np.float32]:
-        """E_u: one interest vector a history (item indices, oldest first, not empty): (n, dim) float32."""
-        self.eval()
-        out = np.zeros((len(histories), self.config.dim), dtype=np.float32)
-        if not len(histories):
-            return out
-        items = self.items()
-        recent = [h[-self.config.max_length :] for h in histories]
-        order = sorted(range(len(recent)), key=lambda i: len(recent[i]))
-        for start in range(0, len(order), batch):
-            rows = order[start : start + batch]
-            ids, length = pad([recent[i] for i in rows])
-            states = self(ids.to(items.device), items)
-            out[rows] = states[torch.arange(len(rows)), length - 1].float().cpu().numpy()
-        return out
-
-
-def pad(rows: Sequence[NDArray[np.integer]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of item indices, right-padded with 0: (n, longest) and their lengths (n,)."""
-    length = torch.tensor([len(r) for r in rows])
-    ids = torch.zeros((len(rows), int(length.max())), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.from_numpy(np.array(row, dtype=np.int64))
-    return ids, length

@@ -1,30 +1,31 @@
-"""Training the interest encoder: every event is a target, full-softmax cross entropy over the catalogue.
-
-The full softmax, not sampled negatives with BCE, is what makes SASRec strong (Klenitskiy and Vasilev
-2023, "Turning Dross Into Gold Loss"; Petrov and Macdonald 2023).
-"""
+"""Training the interest encoder: every event of a history but the first is a target."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from penchant.errors import ConfigError, DataError, ModelError
-from penchant.interest.encoder import EncoderConfig, InterestEncoder, pad
-from penchant.interest.softmax import full_softmax_loss
+from penchant.interest.behaviour import Behaviour, History
+from penchant.interest.config import EncoderConfig
+from penchant.interest.encoder import InterestEncoder
+from penchant.interest.losses import Objective, Targets, check_values, target_weights
 
 # Events in a training step where the configuration does not say how many rows.
 _BATCH_EVENTS = 2_048
 
-EpochDone = Callable[[int, float, float], None]  # epoch from 1, training loss in nats, validation NDCG@10
+Sliced = TypeVar("Sliced", Behaviour, NDArray[np.integer])
+EpochDone = Callable[[int, float, float], None]  # epoch from 1, training loss, validation score
 
 
-def windows(sequence: NDArray[np.integer], length: int) -> list[NDArray[np.integer]]:
+def windows(sequence: Sliced, length: int) -> list[Sliced]:
     """Cut a history so that each event but the first is a target exactly once.
 
     A window has at most ``length + 1`` events (``length`` inputs and their targets); each begins at the
@@ -39,57 +40,108 @@ def windows(sequence: NDArray[np.integer], length: int) -> list[NDArray[np.integ
     return out
 
 
-def batch_size(rows: Sequence[NDArray[np.integer]], config: EncoderConfig) -> int:
+def batch_size(rows: Sequence[History], config: EncoderConfig) -> int:
     """Rows in a training step: few long histories or many short ones hold as many targets."""
     if config.batch_rows is not None or not rows:
         return config.batch_rows or 1
     return int(np.clip(_BATCH_EVENTS / np.mean([len(row) for row in rows]), 8, 512))
 
 
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What the encoder reads beside items: see InterestEncoder."""
+
+    columns: Sequence[int] = ()
+    words: NDArray[np.float32] | None = None
+    n_words: int = 0
+
+
 def train_encoder(
-    sequences: Sequence[NDArray[np.integer]],
+    sequences: Sequence[History],
     n_items: int,
     text: NDArray[np.float32] | None,
     config: EncoderConfig,
     validate: Callable[[InterestEncoder], float],
     *,
+    inputs: Inputs | None = None,
     on_epoch: EpochDone | None = None,
     max_seconds: float = math.inf,
 ) -> tuple[InterestEncoder, list[dict[str, float]]]:
-    """Train on users' training sequences (item indices, oldest first); keep the best epoch by ``validate``.
+    """Train on users' training sequences (oldest first); keep the epoch for which ``validate`` is largest.
 
     ``text`` are standardised item vectors (n_items, d) or None. Returns the encoder and one record an epoch
-    (loss in nats a target, valid score, seconds). The same inputs, seed and thread count give the same
-    encoder, unless ``max_seconds`` cuts training short.
+    (loss a target, valid score, seconds). The same inputs, seed and thread count give the same encoder, unless
+    ``max_seconds`` cuts training short.
     """
     if config.dim % config.heads:
         raise ConfigError(f"{config.heads} heads do not divide dim {config.dim}", remedy="change one of them")
     if not config.use_ids and (text is None or not config.use_text):
         raise ConfigError("an encoder with neither ids nor text sees nothing", remedy="set use_ids or use_text")
-    rows = [w for s in sequences for w in windows(s, config.max_length)]
-    if not rows:
+    known = [Behaviour.of(sequence) for sequence in sequences]
+    data = _Rows.of(known, n_items, config)
+    if not data.rows:
         raise DataError(
             "no user has two training events, so there is nothing to learn from",
             where="interest encoder",
             remedy="give longer histories",
         )
+    values = [row.value[1:] for row in data.rows if row.value is not None]
+    if config.value_column is not None:
+        check_values(config, np.concatenate([*values, np.zeros(0, dtype=np.float32)]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return _train(rows, n_items, text, config, validate, on_epoch, max_seconds)
+        inputs = inputs or Inputs()
+        model = InterestEncoder(
+            config,
+            n_items,
+            text if config.use_text else None,
+            columns=inputs.columns,
+            words=inputs.words,
+            n_words=inputs.n_words,
+        )
+        if model.project is not None:
+            model.warm.copy_(torch.from_numpy(data.counts > 0))
+        if config.loss == "mse":
+            with torch.no_grad():
+                model.relevance.level.fill_(float(np.nanmean(np.concatenate(values))))
+        return _train(model, data, validate, on_epoch, max_seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Windows to train on, the weight of each one's user, of each item, and how often each item was taken."""
+
+    rows: list[Behaviour]
+    user_weight: NDArray[np.float32]
+    item_weight: NDArray[np.float32]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, sequences: Sequence[Behaviour], n_items: int, config: EncoderConfig) -> _Rows:
+        counts = np.zeros(n_items, dtype=np.int64)
+        for sequence in sequences:
+            counts += np.bincount(sequence.item, minlength=n_items)
+        cut = [windows(sequence, config.max_length) for sequence in sequences]
+        user, item = target_weights(config, [len(sequence) for sequence in sequences], counts)
+        rows = [row for windows_ in cut for row in windows_]
+        by_user = np.repeat(user, [len(windows_) for windows_ in cut])
+        # The mean weight of a target is 1, so that the learning rate means the same with and without weights.
+        whole = sum(float(w * item[row.item[1:]].sum()) for w, row in zip(by_user, rows, strict=True))
+        mean = whole / max(1, sum(len(row) - 1 for row in rows))
+        return cls(rows, by_user / np.float32(mean or 1.0), item, counts)
 
 
 def _train(
-    rows: list[NDArray[np.integer]],
-    n_items: int,
-    text: NDArray[np.float32] | None,
-    config: EncoderConfig,
+    model: InterestEncoder,
+    data: _Rows,
     validate: Callable[[InterestEncoder], float],
     on_epoch: EpochDone | None,
     max_seconds: float,
 ) -> tuple[InterestEncoder, list[dict[str, float]]]:
+    config, rows = model.config, data.rows
     rng = np.random.default_rng(config.seed)
-    dtype = getattr(torch, config.softmax_dtype)
-    model = InterestEncoder(config, n_items, text if config.use_text else None)
+    objective = Objective(model, data.counts)
+    by_user, by_item = torch.from_numpy(data.user_weight), torch.from_numpy(data.item_weight)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     size = batch_size(rows, config)
     steps = math.ceil(len(rows) / size)
@@ -102,14 +154,18 @@ def _train(
     begun = time.perf_counter()
     for epoch in range(1, config.epochs + 1):
         model.train()
-        summed, targets = 0.0, 0
-        for batch in _batches(rows, size, rng):
-            ids, length = pad(batch)
+        summed, seen = 0.0, 0
+        for chosen in _batches(rows, size, rng):
+            inputs = model.batch([rows[i][:-1] for i in chosen])
+            after = model.batch([rows[i][1:] for i in chosen], value=config.value_column is not None)
             items = model.items()
-            states = model(ids[:, :-1], items)
+            states = model(inputs, items)
             # Real positions only: padding would cost as much as they do.
-            real = torch.arange(ids.shape[1] - 1) < (length - 1)[:, None]
-            loss = full_softmax_loss(states[real], items, ids[:, 1:][real], dtype=dtype)
+            real = inputs.real
+            target = after.item[real]
+            weight = by_user[chosen].repeat_interleave(inputs.length) * by_item[target]
+            value = None if after.value is None else after.value[real]
+            loss = objective.loss(items, Targets(states[real], target, weight, value))
             if not torch.isfinite(loss):
                 raise ModelError(
                     f"the loss is {float(loss.detach())} in epoch {epoch}",
@@ -121,8 +177,7 @@ def _train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimiser.step()
             schedule.step()
-            n = int(real.sum())
-            summed, targets = summed + float(loss.detach()) * n, targets + n
+            summed, seen = summed + float(loss.detach()) * len(target), seen + len(target)
         score = validate(model)
         if not math.isfinite(score):
             raise ModelError(
@@ -131,25 +186,25 @@ def _train(
                 remedy="check the validation targets and the item vectors",
             )
         seconds = time.perf_counter() - begun
-        log.append({"epoch": epoch, "loss": summed / targets, "valid_ndcg@10": score, "seconds": round(seconds, 2)})
+        log.append({"epoch": epoch, "loss": summed / seen, "valid": score, "seconds": round(seconds, 2)})
         if on_epoch:
-            on_epoch(epoch, summed / targets, score)
+            on_epoch(epoch, summed / seen, score)
         if score > best:
             best, best_epoch = score, epoch
-            kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         if epoch - best_epoch >= config.patience or seconds > max_seconds:
             break
     model.load_state_dict(kept)
     return model.eval(), log
 
 
-def _batches(rows: list[NDArray[np.integer]], size: int, rng: np.random.Generator) -> list[list[NDArray[np.integer]]]:
+def _batches(rows: Sequence[Behaviour], size: int, rng: np.random.Generator) -> list[list[int]]:
     """Shuffled batches of rows of like length: little padding, and lengths in random order."""
     order = rng.permutation(len(rows))
     # Sort within large chunks only, so that the make-up of batches changes from epoch to epoch.
     chunk = size * 32
     batches = []
     for start in range(0, len(order), chunk):
-        part = sorted(order[start : start + chunk], key=lambda i: len(rows[i]))
-        batches += [[rows[i] for i in part[b : b + size]] for b in range(0, len(part), size)]
+        part = sorted(order[start : start + chunk].tolist(), key=lambda i: len(rows[i]))
+        batches += [part[b : b + size] for b in range(0, len(part), size)]
     return [batches[i] for i in rng.permutation(len(batches))]

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from penchant.cached import cached_array
 from penchant.data.history import Targets
 from penchant.data.split import Split
-from penchant.interest.encoder import EncoderConfig, InterestEncoder
+from penchant.interest.config import EncoderConfig
+from penchant.interest.encoder import InterestEncoder
+from penchant.interest.fit import encoder_ndcg, training_sequences
 from penchant.interest.index import ExactIndex
 from penchant.interest.train import train_encoder
 from penchant.interest.vectors import standardise
-from penchant.recommend import encoder_ndcg, training_sequences
 
 # Validation targets that an encoder's early stopping looks at.
 _STOPPING = 2_000

@@ -14,7 +14,7 @@ from penchant.evaluation.baselines.mult_vae import MultVAESystemConfig
 from penchant.evaluation.baselines.nearest import NearestConfig
 from penchant.evaluation.baselines.recent import RecentConfig
 from penchant.evaluation.baselines.tune import grid
-from penchant.interest.encoder import EncoderConfig
+from penchant.interest.config import EncoderConfig
 
 _SASREC = EncoderConfig(use_text=False, dropout=0.5, max_length=50, learning_rate=5e-3, epochs=60)
 

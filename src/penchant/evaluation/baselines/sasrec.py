@@ -10,13 +10,18 @@ from numpy.typing import NDArray
 
 from penchant.evaluation.baselines.events import TrainingEvents
 from penchant.evaluation.systems import Queries, System
-from penchant.interest.encoder import EncoderConfig, InterestEncoder
+from penchant.interest.behaviour import History
+from penchant.interest.config import EncoderConfig
+from penchant.interest.encoder import InterestEncoder
+from penchant.interest.inputs import Reading
 from penchant.interest.train import train_encoder
 
 
 @dataclass(frozen=True, eq=False)
 class SASRec:
-    """score = interest vector . item vector. Popularity from training for an empty history.
+    """score = R(interest, item). Popularity from training for an empty history.
+
+    ``reading`` says what more the encoder knows of events; None: their items alone.
 
     A cold item has a vector too: the softmax pushes it down with everything a user did not take next.
     """
@@ -25,13 +30,22 @@ class SASRec:
     items: NDArray[np.float32]
     counts: NDArray[np.float32]
     name: str = "SASRec (cross entropy)"
+    reading: Reading | None = None
 
     def scores(self, queries: Queries) -> NDArray[np.float32]:
         out = np.repeat(self.counts[None], len(queries), axis=0)
         warm = [i for i, h in enumerate(queries.history) if len(h)]
         if warm:
-            out[warm] = self.encoder.encode([queries.history[i] for i in warm]) @ self.items.T
+            interest = self.encoder.encode([self._behaviour(queries, i) for i in warm])
+            out[warm] = self.encoder.scores(interest, self.items)
         return out
+
+    def _behaviour(self, queries: Queries, i: int) -> History:
+        history = queries.history[i]
+        if self.reading is None:
+            return history
+        start = int(self.reading.log.start[queries.user[i]])
+        return self.reading.of(slice(start, start + len(history)))
 
 
 def fit_sasrec(

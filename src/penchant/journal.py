@@ -1,0 +1,122 @@
+"""A file of records that only grows: what was appended is there after a crash, whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import weakref
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from penchant.errors import StorageError
+
+
+class Journal:
+    """One JSON record a line, each with its checksum, synced to disk before ``append`` returns.
+
+    A last line that a crash cut off is dropped and counted in ``torn``; a bad line before the last is a StorageError.
+    One process at a time may append: the file is locked from the first append on, and the lock goes with the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.torn = 0
+        self._handle: BinaryIO | None = None
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records, oldest first; none where there is no file."""
+        records, _ = self._read()
+        return records
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record and wait until it is on disk; StorageError where it can't be, or another process writes."""
+        handle = self._open()
+        start = handle.tell()
+        try:
+            handle.write(_line(record))
+            handle.flush()
+            os.fsync(handle.fileno())
+        except OSError as error:
+            # What was written of it would stand before later records, where nothing may be torn.
+            handle.truncate(start)
+            handle.seek(start)
+            raise StorageError(
+                f"cannot be written: {error}", where=str(self.path), remedy="make room, or save the run elsewhere"
+            ) from error
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+    def _open(self) -> BinaryIO:
+        if self._handle is not None:
+            return self._handle
+        try:
+            handle = self.path.open("ab")
+        except OSError as error:
+            raise StorageError(
+                f"cannot be written: {error}", where=str(self.path), remedy="check the folder's permissions"
+            ) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.close()
+            raise StorageError(
+                "another process is updating this run",
+                where=str(self.path),
+                remedy="send updates to that process, or work on a copy (save)",
+            ) from error
+        _, whole = self._read()
+        handle.truncate(whole)  # a line cut off by a crash
+        handle.seek(whole)
+        weakref.finalize(self, handle.close)
+        self._handle = handle
+        return handle
+
+    def _read(self) -> tuple[list[dict[str, Any]], int]:
+        """The records, and how many bytes of the file they take."""
+        if not self.path.is_file():
+            return [], 0
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise StorageError(f"cannot be read: {error}", where=str(self.path)) from error
+        records, whole = [], 0
+        lines = data.splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            record = _record(line)
+            if record is None:
+                if number < len(lines):
+                    raise StorageError(
+                        "is corrupt: a line is not what was written",
+                        where=f"{self.path}, line {number}",
+                        remedy="put the file back from a copy, or remove it to lose all updates since the fit",
+                    )
+                self.torn = 1
+                break
+            records.append(record)
+            whole += len(line)
+        return records, whole
+
+
+def write_journal(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """A journal of these records, in a folder that is being made."""
+    path.write_bytes(b"".join(map(_line, records)))
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a whole line holds, None where it is torn."""
+    head, _, text = line.partition(b" ")
+    if not line.endswith(b"\n") or head != f"{zlib.crc32(text[:-1]):08x}".encode():
+        return None
+    found = json.loads(text)
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,441 @@
+"""What happens after the fit: events and items that come later are served at once, and are there after a crash."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from penchant.data.dataset import Dataset
+from penchant.data.split import leave_last_out
+from penchant.errors import ConfigError, DataError, ModelError, StorageError
+from penchant.evaluation.evaluate import evaluate
+from penchant.interest.config import EncoderConfig
+from penchant.journal import Journal
+from penchant.rank import Fusion
+from penchant.recommend import Recommender
+from penchant.run_folder import JOURNAL, FitConfig
+from tests.conftest import toy_frames
+from tests.fake_engine import FakeEngine
+
+ENCODER = {
+    "dim": 16,
+    "blocks": 1,
+    "dropout": 0.1,
+    "max_length": 12,
+    "epochs": 6,
+    "batch_rows": 8,
+    "learning_rate": 1e-2,
+}
+KINDS = ["view", "buy"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PENCHANT_CACHE", str(tmp_path_factory.mktemp("module-cache")))
+        yield
+    torch.set_num_threads(before)
+
+
+class Asked(FakeEngine):
+    """Counts the texts it is asked to embed."""
+
+    embedded = 0
+
+    def embed(self, texts: Any, **more: Any) -> Any:
+        self.embedded += len(texts)
+        return super().embed(texts, **more)
+
+
+def dataset() -> Dataset:
+    interactions, items = toy_frames()
+    n = len(interactions)
+    more = interactions.with_columns(
+        pl.Series("event_type", [KINDS[i % 2] for i in range(n)]),
+        pl.Series("rating", [float(1 + i % 5) for i in range(n)]),
+        pl.Series("review", [f"as good as number {i % 7}" if i % 3 == 0 else None for i in range(n)], dtype=pl.String),
+    )
+    return Dataset.read(more, items)
+
+
+def fit(**encoder: Any) -> Recommender:
+    config = FitConfig(encoder=EncoderConfig.model_validate(ENCODER | encoder), candidates=5, validation_users=5)
+    return Recommender.fit(leave_last_out(dataset()), Asked(), config)
+
+
+@pytest.fixture(scope="module")
+def base() -> Recommender:
+    return fit(inputs=("event_type", "gap", "review"))
+
+
+@pytest.fixture
+def model(base: Recommender) -> Recommender:
+    made = dataclasses.replace(base)
+    made.use_engine(Asked())
+    return made
+
+
+def asked(model: Recommender) -> Asked:
+    assert isinstance(model.engine, Asked)
+    return model.engine
+
+
+def vector(model: Recommender, user: str) -> np.ndarray:
+    return model.interests(user)[0][0]
+
+
+def events_of(model: Recommender, user: str) -> list[str]:
+    return [model.items["item_id"][int(i)] for i in model.behaviour(user).item]
+
+
+NEW = {"item_id": "new", "title": "Up Again (2030)", "genres": "Comedy"}
+
+
+# -- events ------------------------------------------------------------------------------------
+
+
+def test_an_update_is_served_at_once_without_the_llm(model: Recommender) -> None:
+    before, had = vector(model, "u1"), events_of(model, "u1")
+    answer = model.recommend(["u1"], 5, method="retrieve")
+    taken = answer["item_id"][0]
+    model.update("u1", [{"item_id": taken, "event_type": "buy"}])
+    assert events_of(model, "u1") == [*had, taken]
+    assert np.abs(vector(model, "u1") - before).max() > 1e-3
+    assert taken not in model.recommend(["u1"], 16, method="retrieve")["item_id"].to_list()
+    assert asked(model).embedded == 0
+    # Nobody else is touched.
+    other = dataclasses.replace(model, live=[])
+    np.testing.assert_array_equal(vector(model, "u2"), vector(other, "u2"))
+
+
+def test_an_updated_user_is_what_a_run_fitted_on_all_events_makes_of_them(
+    base: Recommender, model: Recommender
+) -> None:
+    """The same codes, gaps and words as if the log had held the events: placed by time, whenever they come."""
+    log, frame = base.log, base.split.dataset.interactions
+    part = log.all_of(log.user_index["u3"])
+    rows = frame[part].to_dicts()
+    stranger = dataclasses.replace(model)
+    stranger.use_engine(Asked())
+    for row in (rows[4], *rows[:4], *rows[5:]):  # one comes too early: it finds its place
+        event = {name: value for name, value in row.items() if name != "user_id" and value is not None}
+        stranger.update("somebody", [event])
+    one, two = stranger.behaviour("somebody"), base.reading.of(part)
+    np.testing.assert_array_equal(one.item, two.item)
+    np.testing.assert_array_equal(one.codes, two.codes)
+    np.testing.assert_array_equal(one.words, two.words)
+    np.testing.assert_allclose(vector(stranger, "somebody"), vector(base, "u3"), atol=1e-6)
+    assert asked(stranger).embedded == 0  # the words are known
+
+
+def test_new_words_are_embedded_once_and_read(model: Recommender) -> None:
+    said = [{"item_id": "3", "review": "never again"}]
+    model.update("a", [{"item_id": "3"}])
+    model.update("b", said)
+    model.update("c", said)
+    assert asked(model).embedded == 1
+    assert np.abs(vector(model, "a") - vector(model, "b")).max() > 1e-4
+    np.testing.assert_allclose(vector(model, "b"), vector(model, "c"), atol=1e-6)
+
+
+def test_times_may_be_given_in_several_ways(model: Recommender) -> None:
+    moment = datetime(2030, 1, 2, tzinfo=UTC)
+    model.update("t", [{"item_id": "5", "timestamp": moment}, {"item_id": "4", "timestamp": 1_000}])
+    model.update("t", [{"item_id": "6", "timestamp": datetime(2030, 1, 3)}])  # noqa: DTZ001: naive is UTC
+    model.update("t", pl.DataFrame({"item_id": ["7"], "timestamp": [2_000]}))
+    assert events_of(model, "t") == ["4", "7", "5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        ([{"item_id": "nope"}], "unknown item 'nope'"),
+        ([{"item_id": "1"}, {"title": "x"}], "event 2: has no item_id"),
+        ([{"item_id": "1", "colour": "red"}], "unknown column 'colour'"),
+        ([{"item_id": "1", "timestamp": "yesterday"}], "'yesterday' is no time"),
+        ([{"item_id": "1", "rating": "good"}], "does not fit"),
+        ([{"item_id": "1", "rating": float("nan")}], "rating is nan"),
+    ],
+)
+def test_bad_events_are_named_and_none_is_taken(model: Recommender, events: Any, message: str) -> None:
+    had = events_of(model, "u1")
+    with pytest.raises(DataError, match=message):
+        model.update("u1", [{"item_id": "1"}, *events] if "event 2" not in message else events)
+    assert events_of(model, "u1") == had
+    assert model.live == []
+    with pytest.raises(ConfigError, match="no list"):
+        model.update("u1", {"item_id": "1"})  # type: ignore[arg-type]
+
+
+# -- items -------------------------------------------------------------------------------------
+
+
+def test_a_new_item_is_served_at_once(model: Recommender) -> None:
+    before = model.recommend(["u1"], 20, method="retrieve")
+    model.add_items([NEW])
+    assert asked(model).embedded == 1
+    after = model.recommend(["u1"], 20, method="retrieve")
+    assert "new" in after["item_id"].to_list()
+    kept = after.filter(pl.col("item_id") != "new")
+    assert kept["item_id"].to_list() == before["item_id"].to_list()
+    np.testing.assert_allclose(kept["score"], before["score"], atol=1e-5)
+    # Its score is R of the user's interest and the projection of its own text.
+    raw = FakeEngine().embed([model.texts[-1]], layer=model.config.layer or 0)
+    assert model.encoder.project is not None
+    with torch.inference_mode():
+        own = model.encoder.project(torch.from_numpy(model.scaling.apply(raw))).numpy()[0]
+    expected = float(vector(model, "u1") @ own)
+    assert after.filter(pl.col("item_id") == "new")["score"][0] == pytest.approx(expected, abs=1e-4)
+    # In every method, in filters, in histories, by its title, and in updates.
+    for method in ("rank", "generate"):
+        model.fusion = Fusion(0.5, 0.5)
+        assert "new" in model.recommend(["u1"], 20, method=method)["item_id"].to_list()  # type: ignore[arg-type]
+    only = model.recommend(["u1"], 5, where=pl.col("title").str.contains("2030"), method="retrieve")
+    assert only["item_id"].to_list() == ["new"]
+    assert model.recommend(history_titles=["Up Again (2030)"], k=3, method="retrieve").height == 3
+    model.update("u1", [{"item_id": "new"}])
+    assert events_of(model, "u1")[-1] == "new"
+    assert "new" not in model.recommend(["u1"], 20)["item_id"].to_list()
+
+
+def test_an_item_like_another_stands_beside_it(model: Recommender) -> None:
+    """The same text gives the same vector but for the ID."""
+    title = model.items["title"][4]
+    genres, year = model.items["genres"][4], model.items["year"][4]
+    model.add_items([{"item_id": "twin", "title": title, "genres": genres, "year": year}])
+    np.testing.assert_allclose(model.vectors[-1], model.vectors[4], atol=1e-5)
+    both = model.recommend(["u1"], 20, method="retrieve", unique_titles=False, include_seen=True)["item_id"].to_list()
+    assert {"5", "twin"} <= set(both)
+    once = model.recommend(["u1"], 20, method="retrieve", include_seen=True)["item_id"].to_list()
+    assert len({"5", "twin"} & set(once)) == 1
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"title": "x"}, "has no item_id"),
+        ({"item_id": "1", "title": "x"}, "'1' is in the catalogue already"),
+        ({"item_id": "n", "title": "  "}, "'n' has no title"),
+        ({"item_id": "n", "title": "x", "colour": "red"}, "unknown column 'colour'"),
+    ],
+)
+def test_bad_items_are_named_and_none_is_taken(model: Recommender, item: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        model.add_items([NEW, item])
+    assert model.items.height == 16
+    assert model.live == []
+
+
+def test_what_cannot_be_embedded_is_refused() -> None:
+    ids = fit(use_text=False)
+    with pytest.raises(ConfigError, match="IDs alone"):
+        ids.add_items([NEW])
+
+    class Other(Asked):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fingerprint = "another"
+
+    ranked = fit().with_ranker(Other())
+    with pytest.raises(ModelError, match="another model's"):
+        ranked.add_items([NEW])
+
+
+def test_an_evaluation_is_of_the_fit_whatever_came_after(model: Recommender) -> None:
+    plain = evaluate(model, llm_users=10, slices=False)
+    model.add_items([NEW])
+    model.update("u1", [{"item_id": "new"}])
+    later = evaluate(model, llm_users=10, slices=False)
+    assert [r.metrics["NDCG@10"].mean for r in later.rows] == [r.metrics["NDCG@10"].mean for r in plain.rows]
+
+
+# -- on disk -----------------------------------------------------------------------------------
+
+
+def test_both_survive_saving_and_loading(model: Recommender, tmp_path: Path) -> None:
+    model.add_items([NEW])
+    model.update("u1", [{"item_id": "new", "review": "what a thing"}])
+    model.save(tmp_path / "run")
+    model.update("u2", [{"item_id": "new"}])  # after saving it goes straight to the disk
+    again = Recommender.load(tmp_path / "run", Asked())
+    for user in ("u1", "u2", "u5"):
+        np.testing.assert_array_equal(vector(again, user), vector(model, user))
+    wanted, found = (m.recommend(["u1", "u2"], 20, method="retrieve") for m in (model, again))
+    assert found.equals(wanted)
+    assert asked(again).embedded == 0
+    # A copy saved elsewhere has all of it too, and goes its own way.
+    model._journal.close()  # type: ignore[union-attr]
+    again.save(tmp_path / "copy")
+    again.update("u5", [{"item_id": "1"}])
+    assert len(Recommender.load(tmp_path / "copy").live) == 4
+    assert len(Recommender.load(tmp_path / "run").live) == 3
+
+
+def test_two_models_of_the_same_parts_do_not_share_what_came_after(base: Recommender) -> None:
+    one, two = (dataclasses.replace(base) for _ in range(2))
+    one.use_engine(Asked())
+    one.add_items([NEW])
+    assert (one.items.height, two.items.height, base.items.height) == (17, 16, 16)
+    assert (len(one.index.vectors), len(two.index.vectors), len(base.index.vectors)) == (17, 16, 16)
+    three = dataclasses.replace(one)
+    assert three.items.height == 17
+    np.testing.assert_array_equal(three.index.vectors, one.index.vectors)
+
+
+@pytest.mark.parametrize("cut", [1, 20, 200])
+def test_a_line_cut_off_by_a_crash_is_left_out_and_said(model: Recommender, tmp_path: Path, cut: int) -> None:
+    model.save(tmp_path / "run")
+    model.update("u1", [{"item_id": "1"}])
+    model.update("u2", [{"item_id": "2", "review": "x" * 300}])
+    model._journal.close()  # type: ignore[union-attr]
+    path = tmp_path / "run" / JOURNAL
+    data = path.read_bytes()
+    path.write_bytes(data[:-cut])
+    again = Recommender.load(tmp_path / "run", Asked())
+    assert [record["user"] for record in again.live] == ["u1"]
+    assert any("cut off" in warning for warning in again.warnings)
+    again.update("u3", [{"item_id": "3"}])
+    again._journal.close()  # type: ignore[union-attr]
+    assert [record["user"] for record in Recommender.load(tmp_path / "run").live] == ["u1", "u3"]
+
+
+def test_a_journal_altered_in_its_middle_is_refused(model: Recommender, tmp_path: Path) -> None:
+    model.save(tmp_path / "run")
+    model.update("u1", [{"item_id": "1"}])
+    model.update("u1", [{"item_id": "2"}])
+    model._journal.close()  # type: ignore[union-attr]
+    path = tmp_path / "run" / JOURNAL
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0].replace('"u1"', '"u7"') + lines[1])
+    with pytest.raises(StorageError, match=r"line 1.*corrupt|corrupt.*line 1"):
+        Recommender.load(tmp_path / "run")
+
+
+def test_one_process_at_a_time_updates_a_run(model: Recommender, tmp_path: Path) -> None:
+    model.save(tmp_path / "run")
+    other = Recommender.load(tmp_path / "run", Asked())
+    model.update("u1", [{"item_id": "1"}])
+    with pytest.raises(StorageError, match="another process"):
+        other.update("u1", [{"item_id": "1"}])
+    assert other.live == []
+
+
+def _write_forever(path: Path, told: Any) -> None:
+    journal = Journal(path)
+    for number in range(100_000):
+        journal.append({"number": number, "rest": "x" * 500})
+        told.send(number)
+
+
+def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for round_ in range(3):
+        path = tmp_path / f"{round_}.jsonl"
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_write_forever, args=(path, there))
+        process.start()
+        last = -1
+        while last < 20 + 5 * round_:
+            last = here.recv()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        while here.poll():
+            last = here.recv()
+        numbers = [record["number"] for record in Journal(path).read()]
+        assert numbers == list(range(len(numbers)))
+        assert len(numbers) >= last + 1
+        again = Journal(path)
+        again.append({"number": len(numbers)})
+        assert len(again.read()) == len(numbers) + 1
+
+
+def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "a.jsonl")
+    journal.append({"n": 1})
+    with monkeypatch.context() as patch:
+
+        def full(handle: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("penchant.journal.os.fsync", full)
+        with pytest.raises(StorageError, match="No space left"):
+            journal.append({"n": 2})
+    journal.append({"n": 3})
+    assert [record["n"] for record in Journal(tmp_path / "a.jsonl").read()] == [1, 3]
+
+
+# -- a wish --------------------------------------------------------------------------------------
+
+
+def by_hand(model: Recommender, text: str, base: np.ndarray, weight: float) -> list[str]:
+    def z(values: np.ndarray) -> np.ndarray:
+        return (values - values.mean()) / values.std()
+
+    wish = model.scaling.apply(FakeEngine().embed([text], layer=model.config.layer or 0))[0]
+    items = model.scaling.apply(model.vectors)
+    near = np.array([v @ wish / np.linalg.norm(v) / np.linalg.norm(wish) for v in items])
+    scores = (1 - weight) * z(base) + weight * z(near)
+    return [model.items["item_id"][int(i)] for i in np.argsort(-scores, kind="stable")]
+
+
+def test_a_wish_of_somebody_unknown_is_blended_with_popularity(model: Recommender) -> None:
+    counts = np.bincount(model.log.item, minlength=16).astype(float)
+    for weight in (0.0, 0.5, 1.0):
+        found = model.recommend(text="slow science fiction", k=16, text_weight=weight, unique_titles=False)
+        assert found["item_id"].to_list() == by_hand(model, "slow science fiction", np.log1p(counts), weight)
+    assert set(found["stage"]) == {"text"}
+    assert found["user_id"].to_list() == [None] * 16
+
+
+def test_a_wish_of_a_known_user_is_blended_with_their_interest(model: Recommender) -> None:
+    model.add_items([NEW])
+    interest = model.encoder.scores(vector(model, "u1")[None], model.index.vectors)[0].astype(float)
+    seen = set(events_of(model, "u1"))
+    expected = [i for i in by_hand(model, "a comedy", interest, 0.3) if i not in seen]
+    found = model.recommend(["u1"], 20, text="a comedy", text_weight=0.3, unique_titles=False)
+    assert found["item_id"].to_list() == expected
+    some = model.recommend(["u1"], 3, text="a comedy", text_weight=0.3, where=pl.col("genres") == "Thriller")
+    thrillers = set(model.items.filter(pl.col("genres") == "Thriller")["item_id"])
+    assert some["item_id"].to_list() == [i for i in expected if i in thrillers][:3]
+
+
+def test_wishes_that_cannot_be_heard_are_refused(model: Recommender) -> None:
+    with pytest.raises(DataError, match="text is empty"):
+        model.recommend(text="  ")
+    with pytest.raises(ConfigError, match="text_weight"):
+        model.recommend(text="x", text_weight=1.5)
+    with pytest.raises(ConfigError, match="or text alone"):
+        model.recommend()
+
+
+# -- interests -------------------------------------------------------------------------------------
+
+
+def test_interests_are_named_by_their_nearest_items() -> None:
+    two = fit(interests=2)
+    vectors, frame = two.interests("u1", 4)
+    assert vectors.shape == (2, 16)
+    assert frame["interest"].to_list() == [0] * 4 + [1] * 4
+    scores = vectors @ two.index.vectors.T
+    for k in range(2):
+        best = np.argsort(-scores[k], kind="stable")[:4]
+        part = frame.filter(pl.col("interest") == k)
+        assert part["item_id"].to_list() == [two.items["item_id"][int(i)] for i in best]
+        np.testing.assert_allclose(part["score"], scores[k][best], atol=1e-5)
+    assert two.recommend(["u1"], 3).height == 3
+    with pytest.raises(DataError, match="history is empty"):
+        two.interests(history=[])
