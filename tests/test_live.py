@@ -439,3 +439,46 @@ def test_interests_are_named_by_their_nearest_items() -> None:
     assert two.recommend(["u1"], 3).height == 3
     with pytest.raises(DataError, match="history is empty"):
         two.interests(history=[])
+
+
+# -- a graph as the index ------------------------------------------------------------------------------
+
+
+def test_a_graph_is_saved_loaded_and_grown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    plain = fit()
+    config = plain.config.model_copy(update={"index": "hnsw"})
+    graph = dataclasses.replace(plain, config=config)
+    graph.use_engine(Asked())
+    wanted = plain.recommend(["u1", "u2"], 8, method="retrieve")
+    assert graph.recommend(["u1", "u2"], 8, method="retrieve")["item_id"].equals(wanted["item_id"])
+    assert graph.index_recall() == 1.0
+    assert plain.index_recall() is None
+    graph.save(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("penchant.serving.index_of", lambda *a: pytest.fail("the graph was built again"))
+        again = Recommender.load(tmp_path / "run", Asked())
+    assert again.recommend(["u1", "u2"], 8, method="retrieve")["item_id"].equals(wanted["item_id"])
+    again.add_items([NEW])
+    assert "new" in again.recommend(["u1"], 20, method="retrieve")["item_id"].to_list()
+    twice = Recommender.load(tmp_path / "run", Asked())
+    answers = [m.recommend(["u1"], 20, method="retrieve") for m in (again, twice)]
+    assert answers[1]["item_id"].equals(answers[0]["item_id"])
+    np.testing.assert_allclose(answers[1]["score"], answers[0]["score"], atol=1e-5)
+    twice.save(tmp_path / "other")  # a graph that has grown is built again from the journal
+    third = Recommender.load(tmp_path / "other", Asked())
+    assert third.recommend(["u1"], 20, method="retrieve")["item_id"].equals(
+        again.recommend(["u1"], 20, method="retrieve")["item_id"]
+    )
+    # A graph of other weights is refused.
+    manifest = tmp_path / "run" / "index" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"model": "', '"model": "0'))
+    with pytest.raises(ModelError, match="the index holds vectors of the model 0"):
+        Recommender.load(tmp_path / "run")
+
+
+def test_a_network_on_both_cannot_be_searched_through_a_graph() -> None:
+    plain = fit(relevance="mlp", loss="sampled", negatives=4)
+    assert plain.recommend(["u1"], 3, method="retrieve").height == 3
+    with pytest.raises(ConfigError, match="relevance mlp is none"):
+        dataclasses.replace(plain, config=plain.config.model_copy(update={"index": "hnsw"}))

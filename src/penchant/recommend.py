@@ -22,6 +22,7 @@ from penchant.errors import ConfigError, DataError
 from penchant.filters import indices, item_mask
 from penchant.interest.behaviour import Behaviour
 from penchant.interest.fit import fit_encoder
+from penchant.interest.hnsw import HNSWIndex
 from penchant.interest.search import search
 from penchant.interest.vectors import Scaling, default_layer, embed_items, item_vectors
 from penchant.interest.words import read_events
@@ -313,7 +314,7 @@ class Recommender(Served):
 
     def save(self, folder: Path | str) -> None:
         """Write the run: everything but the LLM itself, which is named and identified by its hash."""
-        save_run(self, Path(folder))
+        save_run(self, Path(folder), self.index if isinstance(self.index, HNSWIndex) else None)
         self.attach(Path(folder))
 
     @classmethod

@@ -18,7 +18,9 @@ from penchant.errors import StorageError
 from penchant.files import read_json, save_array, sha256_file, staged_folder, write_json
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
+from penchant.interest.hnsw import HNSWIndex
 from penchant.interest.inputs import Columns
+from penchant.interest.search import IndexKind
 from penchant.interest.vectors import Scale, Scaling
 from penchant.interest.words import Words
 from penchant.journal import Journal, write_journal
@@ -35,6 +37,9 @@ class FitConfig(BaseModel):
     layer: int | None = Field(default=None, description="LLM layer of the item vectors; None: two thirds up")
     fields: tuple[str, ...] = Field(
         default=(), description="item columns embedded one by one, side by side; none: the item template's text"
+    )
+    index: IndexKind = Field(
+        default="exact", description="how the encoder's items are searched: exact, or hnsw (faiss) for large catalogues"
     )
     scale: Scale = Field(default="standardise", description="of the vectors: standardise, or whiten")
     pooling: Literal["mean", "last"] = Field(default="mean", description="pooling of the item vectors over tokens")
@@ -75,6 +80,7 @@ class Fitted:
     columns: Columns = field(default_factory=Columns)
     words: Words | None = None
     live: list[dict[str, Any]] = field(default_factory=list)
+    graph: HNSWIndex | None = None
     embedder: dict[str, Any] | None = None
     fusion: Fusion = field(default_factory=lambda: Fusion(0.0, 0.0))
     prior: NDArray[np.float64] | None = None
@@ -84,12 +90,15 @@ class Fitted:
 
 
 FORMAT = 2
-JOURNAL, WORDS = "live.jsonl", "words.npz"
+JOURNAL, WORDS, INDEX = "live.jsonl", "words.npz", "index"
 _FILES = ("split.npz", "encoder.safetensors", "vectors.npy", "prior.npy")
 
 
-def save_run(model: Fitted, folder: Path) -> None:
-    """Write the run atomically; the run that stood there before stays until the new one is whole."""
+def save_run(model: Fitted, folder: Path, graph: HNSWIndex | None = None) -> None:
+    """Write the run atomically; the run that stood there before stays until the new one is whole.
+
+    ``graph`` is the index of its items, where that is dear to build.
+    """
     check_target(folder)
     with staged_folder(folder) as stage:
         model.split.dataset.save(stage / "dataset")
@@ -102,6 +111,9 @@ def save_run(model: Fitted, folder: Path) -> None:
         if model.words is not None:
             model.words.save(stage / WORDS)
         write_journal(stage / JOURNAL, model.live)
+        if graph is not None and graph.n_items == n_items:  # one that has grown is built again when the run is opened
+            graph.exact.model = sha256_file(stage / "encoder.safetensors")
+            graph.save(stage / INDEX)
         (stage / "prompts").mkdir()
         for name, text in model.templates.sources.items():
             (stage / "prompts" / f"{name}.jinja").write_text(text, encoding="utf-8")
@@ -190,6 +202,7 @@ def load_run(folder: Path) -> Fitted:
             columns=columns,
             words=words,
             live=live,
+            graph=_graph(folder, manifest) if config.index == "hnsw" else None,
             embedder=manifest.get("embedder"),
             fusion=Fusion(**manifest["fusion"]),
             prior=np.load(folder / "prior.npy", allow_pickle=False),
@@ -201,6 +214,13 @@ def load_run(folder: Path) -> Fitted:
         raise StorageError(
             f"cannot be opened: {type(error).__name__}: {error}", where=str(folder), remedy="make the run again"
         ) from error
+
+
+def _graph(folder: Path, manifest: dict[str, Any]) -> HNSWIndex | None:
+    """The saved graph of the encoder's items; None where it has to be built again."""
+    if not (folder / INDEX).is_dir():
+        return None
+    return HNSWIndex.load(folder / INDEX, model=manifest["files"]["encoder.safetensors"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

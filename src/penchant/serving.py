@@ -17,6 +17,7 @@ from penchant.catalog_trie import CatalogTrie
 from penchant.data.history import EventLog
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.interest.behaviour import Behaviour, History
+from penchant.interest.hnsw import HNSWIndex
 from penchant.interest.search import index_of, search
 from penchant.interest.top import top_k
 from penchant.interest.vectors import Scaling, embed_items, item_vectors
@@ -48,7 +49,9 @@ class Served(Fitted):
         self.texts, self.vectors = self.texts[:n_items], self.vectors[:n_items]
         self.prior = None if self.prior is None else self.prior[:n_items]
         additions, self.live = self.live, []
-        self.index = index_of(self.encoder)
+        # A graph that was loaded is taken over; it may grow, so it is nobody else's.
+        self.index = self.graph or index_of(self.encoder, self.config.index)
+        self.graph = None
         self.scaling = Scaling.fit(self.vectors, self.config.scale)
         self.items = self.split.dataset.items
         self.item_index = dict(self.split.log.item_index)
@@ -262,6 +265,20 @@ class Served(Fitted):
         order = np.lexsort((np.arange(len(counts)), -counts))[:k]
         return [(int(i), float(counts[i]), schema.STAGE_POPULARITY) for i in order if counts[i] >= 0]
 
+    def index_recall(self, n: int = 500, k: int = 100) -> float | None:
+        """The share of the exact k best that the index finds for up to n validation histories; None if it is exact.
+
+        Kept with the index when the run is saved.
+        """
+        if not isinstance(self.index, HNSWIndex):
+            return None
+        sample = self.split.valid.sample(n, self.config.seed)
+        known = [history for history in self.reading.before(sample.position) if len(history)]
+        if not known:
+            return None
+        queries = self.encoder.encode(known).reshape(-1, self.config.encoder.dim)
+        return self.index.recall(queries, min(k, len(self.texts)))
+
     # -- since the fit -------------------------------------------------------------------------
 
     def behaviour(self, user_id: str) -> Behaviour:
@@ -355,5 +372,5 @@ class Served(Fitted):
         self.vectors = np.concatenate([self.vectors, vectors])
         if self.prior is not None:
             self.prior = np.concatenate([self.prior, np.full(len(rows), np.nan)])
-        self.index = index_of(self.encoder)
+        self.index.add(self.encoder.item_matrix()[first:])
         self._trie = self._ranker = None

@@ -106,6 +106,9 @@ def fit_command(
         f"encoder: {len(fitted.training)} epochs, best {int(last['epoch'])}, "
         f"validation {stopping_metric(chosen.encoder)} {last['valid']:.4f}"
     )
+    recall = fitted.index_recall()
+    if recall is not None:
+        typer.echo(f"index: hnsw, recall@100 of exact search {recall:.3f} on validation histories")
     fusion = fitted.fusion
     typer.echo(
         f"fusion: LLM weight {fusion.weight:g}, calibration {fusion.calibration:g}; NDCG@10 on {fusion.n_users} "

@@ -114,9 +114,12 @@ class InterestEncoder(nn.Module):
                 remedy="fit with use_text",
             )
         first = self.n_items
-        self.text = torch.cat([self.text, torch.from_numpy(text).to(self.text)])
+        new = torch.from_numpy(text).to(self.text)
+        self.text = torch.cat([self.text, new])
         self.n_items += len(text)
-        self._kept = None
+        if self._kept is not None:  # the others need not be projected again
+            with torch.inference_mode():
+                self._kept = torch.cat([self._kept, self.project(new)])
         return first
 
     def add_words(self, vectors: NDArray[np.float32]) -> int:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from penchant.errors import ConfigError
 from penchant.interest.encoder import InterestEncoder
+from penchant.interest.hnsw import HNSWIndex
 from penchant.interest.index import ExactIndex
 from penchant.interest.top import top_k
+
+IndexKind = Literal["exact", "hnsw"]
 
 # Scores held at once: 8M float32 are 32 MB.
 _BLOCK = 8_000_000
@@ -36,8 +41,7 @@ class ScoredIndex(ExactIndex):
         block = max(1, _BLOCK // max(1, len(self.vectors)))
         for start in range(0, len(queries), block):
             scores = self._encoder.scores(queries[start : start + block], self.vectors)
-            if allowed is not None:
-                scores[:, ~allowed] = -np.inf
+            scores[:, ~self.eligible(allowed)] = -np.inf
             if exclude is not None:
                 for row, out in enumerate(exclude[start : start + block]):
                     scores[row, out] = -np.inf
@@ -45,14 +49,22 @@ class ScoredIndex(ExactIndex):
         return items, values
 
 
-def index_of(encoder: InterestEncoder) -> ExactIndex:
-    """The encoder's items, searched exactly."""
-    matrix = encoder.item_matrix()
-    return ScoredIndex(encoder, matrix) if encoder.config.relevance == "mlp" else ExactIndex(matrix)
+def index_of(encoder: InterestEncoder, kind: IndexKind = "exact") -> ExactIndex | HNSWIndex:
+    """The encoder's items, searched exactly or through a graph; ConfigError for a graph where R is no dot product."""
+    matrix, mlp = encoder.item_matrix(), encoder.config.relevance == "mlp"
+    if kind == "hnsw":
+        if mlp:
+            raise ConfigError(
+                "a graph finds dot products, and relevance mlp is none",
+                where="index hnsw",
+                remedy="use relevance dot or cosine, or the exact index",
+            )
+        return HNSWIndex(matrix)
+    return ScoredIndex(encoder, matrix) if mlp else ExactIndex(matrix)
 
 
 def search(
-    index: ExactIndex,
+    index: ExactIndex | HNSWIndex,
     interest: NDArray[np.float32],
     k: int,
     *,
