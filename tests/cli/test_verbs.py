@@ -254,6 +254,28 @@ def test_who_has_seen_everything_gets_nothing_and_no_crash(penchant: Call, ready
     assert (ended.code, ended.out) == (0, "")
 
 
+def test_variety_caps_and_titles_on_the_command_line(penchant: Call, ready: Any) -> None:
+    common = ["recommend", ready.llm, "--history", "1,2", "-k", 6, "--method", "retrieve"]
+    plain = printed(penchant(*common).out)
+    varied = printed(penchant(*common, "--diversity", "0.9").out)
+    assert {row["item"] for row in varied} != {row["item"] for row in plain}
+    capped = printed(penchant(*common, "--cap", "genres=2").out)
+    genres = dict(toy_frames()[1].select("item_id", "genres").iter_rows())
+    counts = [part for row in capped for part in genres[row["item"]].split("|")]
+    assert max(counts.count(part) for part in counts) == 2
+    for given in ("genres", "genres=many", "=3"):
+        ended = penchant(*common, "--cap", given)
+        assert ended.code == 2
+        assert "cannot read" in ended.err
+
+
+def test_a_wish_in_words(penchant: Call, ready: Any) -> None:
+    rows = printed(penchant("recommend", ready.llm, "--text", "a slow thriller", "-k", 4).out)
+    assert {row["stage"] for row in rows} == {"text"}
+    assert len(rows) == 4
+    assert penchant("recommend", ready.llm, "--text", " ").code == 2
+
+
 def test_a_history_of_nothing_gets_what_is_popular(penchant: Call, ready: Any) -> None:
     rows = printed(penchant("recommend", ready.llm, "--history", "", "-k", 3).out)
     counts = toy_frames()[0]["item_id"].value_counts(name="n")["n"].sort(descending=True).to_list()
@@ -318,7 +340,9 @@ def odd_run(penchant: Call, ready: Any, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_title_stays_on_its_line_and_commands_no_terminal(penchant: Call, odd_run: Path, method: str) -> None:
-    ended = penchant("recommend", odd_run, "--history", "0", "--include-seen", "-k", 8, "--method", method)
+    ended = penchant(
+        "recommend", odd_run, "--history=0", "--include-seen", "--same-titles", "-k", 8, "--method", method
+    )
     assert ended.code == 0, ended.err
     titles = {row["item"]: row["title"] for row in printed(ended.out)}
     assert len(titles) == 8

@@ -200,6 +200,8 @@ def test_the_result_says_what_it_was_made_of(data: Path) -> None:
     assert "leak check: " in notes
     assert "at most 1 configurations" in notes
     assert "leave-last-out: whatever is trained on all users has seen" in notes
+    named = {row["system"] for row in run["rows"] if row["group"].startswith("paired differences on all 30")}
+    assert named == {f"encoder: ids + text minus {other}" for other in (SASREC, "newest items (LLM vectors)")}
     ours = [row for row in run["rows"] if row["difference"]]
     assert {row["system"].partition(" minus ")[0] for row in ours} == {"encoder: ids + text", "llm+interest"}
     assert all(row["p"] is not None for row in ours)

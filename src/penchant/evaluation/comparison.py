@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 VARIANTS = {"encoder: text": (True, False), "encoder: ids + text": (True, True)}
 BOTH = "encoder: ids + text"
 FULL = "full"
+# What ours is always set against, the best baseline or not: what text adds to IDs, and what training adds to text.
+_PLAIN = ("SASRec (cross entropy)", "newest titles (BM25)", "newest items (LLM vectors)")
 # The group of a row that shows what a known mistake is worth.
 MISTAKE = "a known mistake, made on purpose to show its size"
 # The same whatever the seed: made once.
@@ -271,6 +273,7 @@ class Comparison:
             model=model,
             vectors=self.vectors if model else None,
             fit_seconds={one.ranked.system: one.record["fit"]["chosen"]["fit_seconds"] for one in done.values()},
+            pairs=[(one, other) for one in ours for other in _PLAIN],
             n_examples=0,  # rows of the data are no part of a result
             stages=self.stages,
         )

@@ -165,13 +165,14 @@ def tabulate(
     item_columns: Sequence[str] = (),
     users: pl.DataFrame | None = None,
     fit_seconds: dict[str, float] | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
     n_examples: int = 10,
     stages: Stages = silent,
 ) -> Report:
     """The report from rankings that were made already, ours first; with a ``model`` the LLM stage is run here.
 
     ``baselines`` names those rankings that ours is tested against. ``vectors`` (n_items, d) are what lists are
-    compared by.
+    compared by. ``pairs`` names systems whose difference is shown too, on all targets and on those of cold items.
     """
     log, seconds = split.log, dict(seconds or {})
     encoder = ranked[0]
@@ -182,6 +183,7 @@ def tabulate(
     if best is not None:
         group = f"ours against the best baseline on all {len(targets):,} targets, paired difference"
         rows.append(table.difference(group, f"{encoder.system} minus {best.system}", encoder.rank, best.rank))
+    rows += _pair_rows(table, split, targets, {one.system: one for one in ranked}, pairs)
     notes = protocol_notes(split, targets, protocol.seen, protocol.seen_last, protocol.candidates, protocol.average)
     chosen = _sample(targets, protocol.llm_users if model else 0, protocol.seed)
     if model and protocol.llm_users > 0 and not len(chosen):
@@ -242,6 +244,22 @@ def tabulate(
             candidates=retrieved if protocol.candidates is None else protocol.candidates.shape[1],
         ),
     )
+
+
+def _pair_rows(
+    table: Table, split: Split, targets: Targets, ranked: dict[str, Ranked], pairs: Sequence[tuple[str, str]]
+) -> list[Row]:
+    """Differences of named systems; a pair of which one was not made is left out."""
+    made = [(one, other) for one, other in pairs if one in ranked and other in ranked]
+    cold = np.flatnonzero(split.train_counts[targets.item] == 0)
+    groups = [(f"paired differences on all {len(targets):,} targets", np.arange(len(targets)))]
+    if len(cold):
+        groups.append((f"paired differences on the {len(cold):,} targets that are cold items", cold))
+    return [
+        table.take(at).difference(group, f"{one} minus {other}", ranked[one].rank[at], ranked[other].rank[at])
+        for group, at in groups
+        for one, other in made
+    ]
 
 
 def best_of(ranked: Sequence[Ranked], table: Table) -> Ranked | None:
