@@ -32,6 +32,10 @@ class ModelError(PenchantError):
     """A model, adapter or saved run cannot be loaded, or does not do what it must."""
 
 
+class NotFiniteError(ModelError):
+    """A score or vector of one of those asked about is not a number: the others may still be answered."""
+
+
 class FetchError(PenchantError):
     """None of the sources of a model or dataset could be used."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from string import ascii_lowercase, ascii_uppercase
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penchant import metrics
-from penchant.errors import ConfigError, ModelError
+from penchant.errors import ConfigError, NotFiniteError
 from penchant.prompt import Rendered, Templates
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ CALIBRATIONS = (0.0, 0.5, 1.0)
 WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))
 # More tokens than any item has: MAX_DATA_CHARS characters are at most four times as many bytes.
 _ROOM = 1024
+# Prompts kept as rendered, so that they can be made ahead of the engine, beside it.
+_PROMPTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,7 @@ class Ranker:
         self._terminator = templates.headers["next_item"].terminator
         self.question: Question = question
         self._item_tokens: dict[int, tuple[int, ...]] = {}
+        self._prompts = lru_cache(maxsize=_PROMPTS)(self._prompt_of)
         # log p(item | no history) in nats, NaN where not yet needed.
         self.prior = np.full(len(texts), np.nan) if prior is None else prior
 
@@ -184,10 +187,18 @@ class Ranker:
 
     def prompt(self, history: NDArray[np.integer]) -> Rendered:
         """The next-item prompt of a history (item indices, oldest first), cut to its newest events."""
-        return self._render("next_item", history)
+        recent = self._recent(history)
+        rendered = self._prompts(tuple(recent.tolist()))
+        return Rendered(rendered.prompt, rendered.n_tokens, rendered.dropped + len(history) - len(recent))
+
+    def _prompt_of(self, recent: tuple[int, ...]) -> Rendered:
+        return self._render("next_item", np.array(recent, dtype=np.int32))
+
+    def _recent(self, history: NDArray[np.integer]) -> NDArray[np.integer]:
+        return history[-self._max_history :] if self._max_history else history[:0]
 
     def _render(self, name: str, history: NDArray[np.integer], **more: Any) -> Rendered:
-        recent = history[-self._max_history :] if self._max_history else history[:0]
+        recent = self._recent(history)
         rendered = self._templates.render(
             name,
             {"history": [{"text": self._texts[int(i)]} for i in recent], **more},
@@ -286,7 +297,7 @@ class Ranker:
 
 def _check_finite(scores: NDArray[np.float64], what: str) -> None:
     if not np.isfinite(scores).all():
-        raise ModelError(
+        raise NotFiniteError(
             f"the model gave a likelihood that is not a number for {what}",
             where="ranking",
             remedy="load it with dtype='float32'",

@@ -68,6 +68,10 @@ class Rules:
         are of these items; they are needed where diversity is above 0.
         """
         n = len(items)
+        if not self.diversity and not self.labels:  # a list as it comes, as most are: its places in order
+            first = np.asarray(items[:k], dtype=np.int64)
+            if self.title is None or len(set(self.title[first].tolist())) == len(first):
+                return list(range(len(first)))
         relevance = 1 - np.arange(n) / max(1, n)
         likeness = np.zeros(n)
         unit = None

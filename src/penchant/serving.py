@@ -35,6 +35,8 @@ Method = Literal["rank", "retrieve", "generate"]
 Items = NDArray[np.int32]
 # One item of an answer: its index, its score, the stage that the score is from.
 Answer = list[tuple[int, float, str]]
+# What was said of items the LLM was asked about: the encoder's score, and the LLM's (nats).
+Told = dict[int, tuple[float, float]]
 
 
 @dataclass(eq=False)
@@ -151,13 +153,22 @@ class Served(Fitted):
         return search(self.index, self.encoder.encode(histories), k, exclude=masked, allowed=allowed)
 
     def rank(
-        self, histories: Sequence[Items], candidates: Sequence[Items], interest: Sequence[NDArray[np.floating]]
+        self,
+        histories: Sequence[Items],
+        candidates: Sequence[Items],
+        interest: Sequence[NDArray[np.floating]],
+        said: list[NDArray[np.float64]] | None = None,
     ) -> list[NDArray[np.float64]]:
-        """Fused scores of each user's candidates, whose encoder scores are ``interest``; arrays of the same shapes."""
+        """Fused scores of each user's candidates, whose encoder scores are ``interest``; arrays of the same shapes.
+
+        ``said`` takes up what the LLM, where it is asked, said of them.
+        """
         if self.fusion.weight == 0:
             # Validation gave the LLM no say: then it is not asked.
             return [self.fusion.scores(e, e, np.zeros(len(e))) for e in interest]
         likelihood = self.ranker.scores(histories, candidates)
+        if said is not None:
+            said.extend(likelihood)
         if self.fusion.calibration:
             self.ranker.priors(np.unique(np.concatenate(candidates)))
         return [
@@ -173,12 +184,17 @@ class Served(Fitted):
         method: Method,
         allowed: NDArray[np.bool_] | None,
         calibration: float = 0.0,
+        told: dict[int, Told] | None = None,
     ) -> list[Answer]:
-        """The k best of each history, best first; popularity where there is nothing to go on."""
+        """The k best of each history, best first; popularity where there is nothing to go on.
+
+        ``told`` takes up, by the history's place, what the stages said of the items that the LLM was asked about.
+        """
         out: list[Answer] = [[] for _ in histories]
         warm = [i for i, h in enumerate(histories) if len(h)]
+        popular = self._popular(k, allowed) if len(warm) < len(histories) else []
         for i in set(range(len(histories))).difference(warm):
-            out[i] = self._popular(k, allowed)
+            out[i] = list(popular)
         if not warm:
             return out
         known, masked = [histories[i] for i in warm], [seen[i] for i in warm]
@@ -197,7 +213,12 @@ class Served(Fitted):
                 return out
             top = self.config.candidates
             candidates = [kept[j][0][:top] for j in some]
-            fused = self.rank([known[j].item for j in some], candidates, [kept[j][1][:top] for j in some])
+            interest = [kept[j][1][:top] for j in some]
+            said: list[NDArray[np.float64]] = []
+            fused = self.rank([known[j].item for j in some], candidates, interest, said)
+            if told is not None:
+                for j, row, e, s in zip(some, candidates, interest, said, strict=True):
+                    told[warm[j]] = dict(zip(row.tolist(), zip(e.tolist(), s.tolist(), strict=True), strict=True))
             stage = schema.STAGE_FUSED if self.fusion.weight < 1 else schema.STAGE_LLM
             for j, row, s in zip(some, candidates, fused, strict=True):
                 order = np.lexsort((np.arange(len(row)), -s))
@@ -280,6 +301,10 @@ class Served(Fitted):
         return self.index.recall(queries, min(k, len(self.texts)))
 
     # -- since the fit -------------------------------------------------------------------------
+
+    def knows(self, user_id: str) -> bool:
+        """Whether the model was given this user's events, at the fit or since."""
+        return user_id in self._behaviours or user_id in self.log.user_index
 
     def behaviour(self, user_id: str) -> Behaviour:
         """Everything a user did up to now, oldest first; DataError where the model was given no such user."""

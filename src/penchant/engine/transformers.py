@@ -19,7 +19,7 @@ from penchant.catalog_trie import CatalogTrie
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
 from penchant.engine.search import Beams, BestFirst, Search
 from penchant.engine.tree import Branch, TreeRunner, branch_of, tokens_at
-from penchant.errors import ConfigError, DataError, ModelError
+from penchant.errors import ConfigError, DataError, NotFiniteError
 from penchant.tokens import Prompt, TextCodec
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ class TransformersEngine:
                 progress(len(members))
         if not np.isfinite(out).all():
             bad = int(np.flatnonzero(~np.isfinite(out).all(axis=1))[0])
-            raise ModelError(
+            raise NotFiniteError(
                 f"the vector of text {bad} is not finite", where="embed", remedy="load the model with dtype='float32'"
             )
         return out

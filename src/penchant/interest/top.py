@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from penchant.errors import ModelError
+from penchant.errors import NotFiniteError
 
 Floats = NDArray[np.floating]
 # Items and their scores, both (n, k).
@@ -25,7 +25,7 @@ def top_k(scores: Floats, k: int, *, above: Floats | None = None, where: str = "
     """The k largest of each row (n, m), best first, equal scores in index order; -inf is never returned.
 
     ``above`` (n,) leaves out whatever is not larger. Rows with fewer than k are padded with item -1 and score
-    -inf. ModelError, naming ``where``, if a score is not a number.
+    -inf. NotFiniteError, naming ``where``, if a score is not a number.
     """
     n, m = scores.shape
     if k == 0:
@@ -59,8 +59,8 @@ def nothing(n: int, k: int) -> Found:
     return np.full((n, k), -1, dtype=np.int32), np.full((n, k), -np.inf, dtype=np.float32)
 
 
-def not_a_number(where: str) -> ModelError:
-    return ModelError("gave a score that is not a number", where=where, remedy="score what cannot be served with -inf")
+def not_a_number(where: str) -> NotFiniteError:
+    return NotFiniteError("gave a score that is not a number", where=where, remedy="score what cannot be served with -inf")
 
 
 def _group_best(scores: Floats, group: int) -> Floats:
