@@ -40,3 +40,11 @@ def test_the_suites_are_of_shipped_tasks_that_can_be_ranked(benchmark: ModuleTyp
 @pytest.mark.parametrize("path", sorted(shipped("configs").glob("fit-*.yaml")), ids=lambda p: p.stem)
 def test_each_fit_configuration_is_valid(path: Path) -> None:
     FitConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def test_the_configuration_in_the_readme_is_valid() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [part.partition("```")[0] for part in text.split("```yaml")[1:]]
+    assert blocks
+    for block in blocks:
+        FitConfig.model_validate(yaml.safe_load(block))
