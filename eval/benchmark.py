@@ -78,6 +78,7 @@ def main(
         Path | None, typer.Option(help="Folder that holds the data sets' folders, or one of them.")
     ] = None,
     systems: Annotated[str | None, typer.Option(help=f"Some of: {', '.join(SYSTEMS)}; separated by commas.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Instead of the task's: whole numbers separated by commas.")] = None,
     model: Annotated[str, typer.Option(help="A known name, a model's folder, or a hub id.")] = "smollm2-135m",
     adapter: Annotated[str | None, typer.Option(help="A peft adapter.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
@@ -87,6 +88,13 @@ def main(
     if not names:
         raise ConfigError("no task is named", where="benchmark", remedy="name one of eval/tasks, or give --suite quick")
     loaded = {name: load_task(name) for name in names}  # a broken task should cost no other one's time
+
+    if seeds is not None:
+        try:
+            given = [int(part) for part in seeds.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"cannot read {seeds!r}", where="--seeds", remedy="write e.g. 0,1,2") from error
+        loaded = {name: task.model_copy(update={"seeds": given}) for name, task in loaded.items()}
 
     @cache
     def engine() -> Any:
