@@ -262,6 +262,24 @@ def test_an_evaluation_is_of_the_fit_whatever_came_after(model: Recommender) -> 
     assert [r.metrics["NDCG@10"].mean for r in later.rows] == [r.metrics["NDCG@10"].mean for r in plain.rows]
 
 
+@pytest.mark.parametrize("method", ["rank", "retrieve", "generate"])
+def test_a_removed_item_is_never_recommended_but_read(model: Recommender, method: Any, tmp_path: Path) -> None:
+    model.fusion = Fusion(0.5, 0.5)
+    before = vector(model, "u1")
+    gone = [*model.recommend(["u1"], 2, method=method)["item_id"], events_of(model, "u1")[0]]
+    model.save(tmp_path / "run")
+    model.remove_items(gone)
+    again = Recommender.load(tmp_path / "run", Asked())
+    for one in (model, again):
+        for asked_for in ({"users": ["u1"]}, {"history": []}, {"text": "a comedy"}):
+            answer = one.recommend(**asked_for, k=20, method=method, include_seen=True)  # type: ignore[arg-type]
+            assert not set(gone) & set(answer["item_id"])
+        assert one.recommend(["u1"], 20, allow=gone, method=method).is_empty()
+        np.testing.assert_array_equal(vector(one, "u1"), before)
+    with pytest.raises(DataError, match="unknown item 'nope'"):
+        model.remove_items(["nope"])
+
+
 # -- on disk -----------------------------------------------------------------------------------
 
 

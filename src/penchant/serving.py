@@ -16,6 +16,7 @@ from penchant.adapter_card import check_templates
 from penchant.catalog_trie import CatalogTrie
 from penchant.data.history import EventLog
 from penchant.errors import ConfigError, DataError, ModelError
+from penchant.filters import indices
 from penchant.interest.behaviour import Behaviour, History
 from penchant.interest.hnsw import HNSWIndex
 from penchant.interest.search import index_of, search
@@ -59,6 +60,7 @@ class Served(Fitted):
         self.item_index = dict(self.split.log.item_index)
         self.reading, texts = reading_of(self.split, self.columns)
         self._word_rows = {text: row for row, text in enumerate(texts)}
+        self.removed = np.zeros(n_items, dtype=bool)  # of all items served
         self._events = LiveEvents(dict(self.split.dataset.interactions.schema))
         self._behaviours: dict[str, Behaviour] = {}  # of users with events since the fit
         self._journal: Journal | None = None
@@ -186,10 +188,11 @@ class Served(Fitted):
         calibration: float = 0.0,
         told: dict[int, Told] | None = None,
     ) -> list[Answer]:
-        """The k best of each history, best first; popularity where there is nothing to go on.
+        """The k best of each history, best first, never a removed item; popularity where there is nothing to go on.
 
         ``told`` takes up, by the history's place, what the stages said of the items that the LLM was asked about.
         """
+        allowed = self._served(allowed)
         out: list[Answer] = [[] for _ in histories]
         warm = [i for i, h in enumerate(histories) if len(h)]
         popular = self._popular(k, allowed) if len(warm) < len(histories) else []
@@ -240,6 +243,7 @@ class Served(Fitted):
                 where="text",
                 remedy="fit without fields, so that items and wishes are embedded alike",
             )
+        allowed = self._served(allowed)
         engine, config = self._embedder(), self.config
         layer = config.layer if config.layer is not None else -1
         wish = self.scaling.apply(engine.embed([text.strip()], pooling=config.pooling, layer=layer))[0]
@@ -354,6 +358,21 @@ class Served(Fitted):
         vectors = embed_items(self._embedder(), rows, texts, self.config, self.templates.hash("item"))
         self._keep({"items": rows.to_dicts(), "texts": texts, "vectors": packed(np.nan_to_num(vectors))})
 
+    def remove_items(self, item_ids: Sequence[str]) -> None:
+        """Never recommend these items again, from now on; histories that hold them are read as before.
+
+        In a run that was saved or loaded that is on disk when this returns. DataError where one is unknown.
+        """
+        indices(item_ids, self.item_index, "remove_items")
+        if len(item_ids):
+            self._keep({"removed": [str(name) for name in item_ids]})
+
+    def _served(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        """The filter without removed items."""
+        if not self.removed.any():
+            return allowed
+        return ~self.removed if allowed is None else allowed & ~self.removed
+
     def attach(self, folder: Path) -> None:
         """From now on updates are written to this run's journal, which holds all there were up to now."""
         if self._journal is not None:
@@ -370,6 +389,9 @@ class Served(Fitted):
         self.live.append(record)
         if "items" in record:
             self._add_items(record)
+            return
+        if "removed" in record:
+            self.removed[[self.item_index[name] for name in record["removed"]]] = True
             return
         user = record["user"]
         if "words" in record:
@@ -395,6 +417,7 @@ class Served(Fitted):
         self.item_index |= {name: first + i for i, name in enumerate(rows[schema.ITEM])}
         self.texts = [*self.texts, *record["texts"]]
         self.vectors = np.concatenate([self.vectors, vectors])
+        self.removed = np.concatenate([self.removed, np.zeros(len(rows), dtype=bool)])
         if self.prior is not None:
             self.prior = np.concatenate([self.prior, np.full(len(rows), np.nan)])
         self.index.add(self.encoder.item_matrix()[first:])
