@@ -60,7 +60,9 @@ def nothing(n: int, k: int) -> Found:
 
 
 def not_a_number(where: str) -> NotFiniteError:
-    return NotFiniteError("gave a score that is not a number", where=where, remedy="score what cannot be served with -inf")
+    return NotFiniteError(
+        "gave a score that is not a number", where=where, remedy="score what cannot be served with -inf"
+    )
 
 
 def _group_best(scores: Floats, group: int) -> Floats:
