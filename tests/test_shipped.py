@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,13 @@ def test_the_suites_are_of_shipped_tasks_that_can_be_ranked(benchmark: ModuleTyp
 @pytest.mark.parametrize("path", sorted(shipped("configs").glob("fit-*.yaml")), ids=lambda p: p.stem)
 def test_each_fit_configuration_is_valid(path: Path) -> None:
     FitConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def test_the_tables_in_the_readme_are_what_the_results_say() -> None:
+    found = subprocess.run(
+        [sys.executable, "eval/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_the_configuration_in_the_readme_is_valid() -> None:

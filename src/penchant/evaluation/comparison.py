@@ -29,7 +29,7 @@ from penchant.evaluation.baselines import (
     Name,
     Validation,
     fit_baselines,
-    popularity_that_flatters,
+    popularities_that_flatter,
 )
 from penchant.evaluation.baselines.events import TrainingEvents
 from penchant.evaluation.baselines.sasrec import SASRec
@@ -288,9 +288,10 @@ class Comparison:
             for trial in one.record["fit"]["trials"]
         )
         if any(one.ranked.system == "popularity" for one in theirs.values()):
-            wrong = protocol.rank(popularity_that_flatters(self.split), self.asked.targets, self.stages)
             table = Table(protocol.k, self.split.log.n_items, self.asked.targets.user, protocol.average, protocol.seed)
-            report.rows.append(table.row(MISTAKE, wrong.system, wrong.rank))
+            for system in popularities_that_flatter(self.split):
+                wrong = protocol.rank(system, self.asked.targets, self.stages)
+                report.rows.append(table.row(MISTAKE, wrong.system, wrong.rank))
         report.published.extend(one.model_dump(mode="json") for one in self.task.published)
         report.notes.append(f"tuned on validation NDCG@10, each system {self.task.budget.of()}, ours too")
         if len(self.task.seeds) > 1:

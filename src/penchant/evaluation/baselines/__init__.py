@@ -2,7 +2,7 @@
 
 from penchant.evaluation.baselines.fit import NAMES, Baselines, Name, fit_baselines
 from penchant.evaluation.baselines.grids import Grids
-from penchant.evaluation.baselines.popularity import popularity_that_flatters
+from penchant.evaluation.baselines.popularity import popularities_that_flatter
 from penchant.evaluation.baselines.tune import Budget, FittedSystem, Trial, Validation
 
 __all__ = [
@@ -15,5 +15,5 @@ __all__ = [
     "Trial",
     "Validation",
     "fit_baselines",
-    "popularity_that_flatters",
+    "popularities_that_flatter",
 ]

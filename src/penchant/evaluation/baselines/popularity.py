@@ -35,11 +35,18 @@ def fit_popularity(events: TrainingEvents) -> Popularity:
     return Popularity(events.counts)
 
 
-def popularity_that_flatters(split: Split) -> Popularity:
-    """WRONG on purpose: counts of all events, the validation and the test targets among them.
+def popularities_that_flatter(split: Split) -> list[Popularity]:
+    """WRONG on purpose: items of equal counts in the order of their index, which a target may happen to lead; and
+    counts of all events, the validation and the test targets among them.
 
-    Some published tables count so (PopRec in S3-Rec's). It is here to show by how much that flatters, and is
-    no baseline: ``fit_baselines`` never makes it.
+    Some published tables count so (PopRec in S3-Rec's). They are here to show by how much that flatters, and are no
+    baselines: ``fit_baselines`` never makes them.
     """
-    counts = np.bincount(split.log.item, minlength=split.log.n_items).astype(np.float32)
-    return Popularity(counts, "popularity, test items counted too (wrong)")
+    n_items = split.log.n_items
+    place = np.empty(n_items, dtype=np.float32)
+    place[np.lexsort((np.arange(n_items), -split.train_counts))] = -np.arange(n_items)
+    every = np.bincount(split.log.item, minlength=n_items).astype(np.float32)
+    return [
+        Popularity(place, "popularity, equal counts in item order (wrong)"),
+        Popularity(every, "popularity, test items counted too (wrong)"),
+    ]

@@ -1,0 +1,106 @@
+"""The README's tables of results, made from the JSON of eval/results and written between its marks.
+
+python eval/tables.py            # rewrites README.md
+python eval/tables.py --check    # exits 1 where the README is not what the results say
+
+A task has two blocks: every system on all targets, and on the LLM's sample. A number is the mean over the seeds, in
+brackets the first seed's 95% interval over users, behind ± the deviation between seeds where there are several.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from penchant.files import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ("ml-100k", "ml-latest-small-5core", "ml-latest-small", "games", "games-20", "beauty")
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+METRICS = ("Recall@10", "NDCG@10")
+
+
+def block(result: dict[str, Any]) -> list[str]:
+    """One task as Markdown."""
+    first = result["runs"][0]
+    seeds = len(result["runs"])
+    lines = [f"### {result['task']}", "", f"{result['about']}. {seeds} {'seed' if seeds == 1 else 'seeds'}.", ""]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in first["rows"]:
+        groups.setdefault(row["group"], []).append(row)
+    between = {(_plain(row["group"]), _plain(row["system"])): row["metrics"] for row in result["spread"]}
+    for group, rows in groups.items():
+        if rows[0]["difference"]:
+            lines += [*(_difference(group, row) for row in rows), ""]
+            continue
+        lines += [f"| {group} | {' | '.join(METRICS)} |", "|---|---|---|"]
+        ranked = sorted(rows, key=lambda row: -row["metrics"]["NDCG@10"]["mean"])
+        for row in ranked:
+            spread = between.get((_plain(group), _plain(row["system"])), {})
+            name = row["system"] if seeds == 1 else _plain(row["system"])
+            cells = " | ".join(_cell(row["metrics"][name], spread.get(name)) for name in METRICS)
+            lines.append(f"| {name} | {cells} |")
+        lines.append("")
+    if first["published"]:
+        lines += ["| published, the protocol as said | " + " | ".join(METRICS) + " |", "|---|---|---|"]
+        for one in first["published"]:
+            cells = " | ".join(_number(one["metrics"].get(name)) for name in METRICS)
+            lines.append(f"| {one['system']}: {one['source']}; {one['protocol']} | {cells} |")
+        lines.append("")
+    return lines
+
+
+def _plain(name: str) -> str:
+    """A group's or a system's name without what differs between seeds: the sample's seed, the fusion's weight."""
+    return name.partition(" (seed")[0].partition(" (weight")[0]
+
+
+def _cell(own: dict[str, Any], spread: dict[str, Any] | None) -> str:
+    several = spread is not None and spread["sd"] is not None
+    mean = spread["mean"] if several and spread is not None else own["mean"]
+    deviation = f" ± {_number(spread['sd'])}" if several and spread is not None and spread["sd"] > 0 else ""
+    return f"{_number(mean)}{deviation} [{_number(own['low'])}, {_number(own['high'])}]"
+
+
+def _difference(group: str, row: dict[str, Any]) -> str:
+    found = row["metrics"]["NDCG@10"]
+    p = "" if row["p"] is None else f", p {row['p']:.2g}"
+    return f"- {group}: {row['system']}: NDCG@10 {found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]{p}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}".removeprefix("0")
+
+
+def tables(results: Path) -> str:
+    """All tasks whose results are there."""
+    lines = []
+    for task in TASKS:
+        path = results / f"{task}.json"
+        if path.is_file():
+            lines += block(read_json(path))
+    return "\n".join(lines).strip() + "\n"
+
+
+def main(
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit 1 where something would change.")
+    ] = False,
+) -> None:
+    """Put the tables into the README."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    made = f"{before}{BEGIN}\n{tables(ROOT / 'eval' / 'results')}{END}{after}"
+    if check and made != text:
+        print("README.md is not what eval/results says: run python eval/tables.py")
+        raise SystemExit(1)
+    if not check:
+        path.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
