@@ -105,18 +105,23 @@ def tokenizer(kind: Kind) -> PreTrainedTokenizerFast:
     return byte_level() if kind == "byte" else sentencepiece_kind()
 
 
-def save_model(folder: Path, kind: Kind, *, seed: int = 0, max_positions: int = 512) -> Path:
-    """A random two-layer Llama whose distributions are far from uniform, with its tokenizer, as safetensors."""
+def save_model(
+    folder: Path, kind: Kind, *, seed: int = 0, max_positions: int = 512, head: int = 8, spread: float = 0.4
+) -> Path:
+    """A random two-layer Llama whose distributions are far from uniform, with its tokenizer, as safetensors.
+
+    vLLM's attention on CPU wants a ``head`` of at least 32 dimensions.
+    """
     made = tokenizer(kind)
     config = LlamaConfig(
         vocab_size=len(made),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=4 * head,
+        intermediate_size=8 * head,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=max_positions,
-        initializer_range=0.4,
+        initializer_range=spread,
         tie_word_embeddings=kind == "byte",
         bos_token_id=made.bos_token_id,
         eos_token_id=made.eos_token_id,

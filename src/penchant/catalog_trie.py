@@ -144,6 +144,14 @@ class CatalogTrie:
         within = np.arange(len(position)) - np.repeat(np.cumsum(count) - count, count)
         return position, self.child[start[position] + within]
 
+    def path_sums(self, edge: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The sum of ``edge`` (n_nodes,), one value for each node's token, along the path to each node: (n_nodes,)."""
+        total = edge.copy()
+        for d in range(2, int(self.depth.max()) + 1):
+            at = np.flatnonzero(self.depth == d)
+            total[at] += total[self.parent[at]]
+        return total
+
     def ending_at(self, node: int) -> IntArray:
         """Items whose sequence ends exactly at ``node``, in catalogue order."""
         first = self.first_item[node]

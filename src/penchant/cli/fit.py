@@ -80,13 +80,14 @@ def fit_command(
     from penchant.engine.noise import quiet_libraries
 
     quiet_libraries()
-    from penchant.engine.loading import describe_model, load_engine, resolve_model
+    from penchant.engine.folders import resolve_model
+    from penchant.engine.loading import describe_model, load_engine
     from penchant.interest.fit import stopping_metric
     from penchant.prompt import Templates
     from penchant.recommend import Recommender
 
     templates = Templates(prompts)  # a broken template should cost no model loading
-    engine = load_engine(model, adapter, dtype=dtype, device=device)  # type: ignore[arg-type]
+    engine = load_engine(model, adapter, dtype=dtype, device=device)  # type: ignore[call-overload]
     if dry_run:
         from penchant.estimate import estimate_fit
 

@@ -125,11 +125,7 @@ class TransformersEngine:
             edges = self._next_token_edges(part)
         else:
             edges = self._tree_edges(part)
-        for (_, trie, _), edge in zip(part, edges, strict=True):
-            for d in range(2, int(trie.depth.max()) + 1):
-                at = np.flatnonzero(trie.depth == d)
-                edge[at] += edge[trie.parent[at]]
-        return [edge[trie.item_node] for (_, trie, _), edge in zip(part, edges, strict=True)]
+        return [trie.path_sums(edge)[trie.item_node] for (_, trie, _), edge in zip(part, edges, strict=True)]
 
     def _next_token_edges(self, part: Sequence[_Work]) -> list[NDArray[np.float64]]:
         """Continuations of one token (labels): the prompts alone are run."""

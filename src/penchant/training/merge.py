@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from penchant.adapter_card import CARD, read_card
-from penchant.engine.loading import DType, fingerprint_of, load_engine, resolve_model
+from penchant.engine.adapters import merged_model, require_own_base
+from penchant.engine.folders import resolve_model
+from penchant.engine.loading import DType, load_engine
 from penchant.errors import ConfigError, ModelError, StorageError
 from penchant.files import read_json, staged_folder, write_json
 
@@ -43,19 +43,11 @@ def merge(adapter: Path, out: Path, *, base: str | None = None, dtype: DType = "
         raise ConfigError(f"unknown dtype {dtype!r}", where="merge", remedy="use bfloat16, float16 or float32")
     name = base or _base(adapter)
     folder = resolve_model(name)
-    _require_own_base(adapter, folder)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-        whole: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"cannot be merged: {error}", where=str(adapter), remedy="give its own base model (--base)"
-        ) from error
+    require_own_base(adapter, folder)
     saved = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    whole = merged_model(folder, adapter, saved)
     with staged_folder(out) as stage:
-        whole.to(saved).save_pretrained(stage)
+        whole.save_pretrained(stage)
         AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(stage)
         moved = _moved(name, adapter, stage)
         card = read_card(adapter) or {}
@@ -77,17 +69,6 @@ def _base(adapter: Path) -> str:
     if not found:
         raise ModelError("names no base model", where=str(adapter), remedy="give --base")
     return str(found)
-
-
-def _require_own_base(adapter: Path, folder: Path) -> None:
-    """An adapter fits any model of its shapes; our card knows which one it was trained on."""
-    trained_on = (read_card(adapter) or {}).get("base")
-    if trained_on is not None and trained_on != fingerprint_of(folder):
-        raise ModelError(
-            f"was trained on another model than {folder}: its files differ",
-            where=str(adapter),
-            remedy="give its own base model (--base)",
-        )
 
 
 def _moved(base: str, adapter: Path, merged: Path) -> dict[str, float]:

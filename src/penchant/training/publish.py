@@ -11,7 +11,7 @@ import torch
 
 from penchant import __version__
 from penchant.adapter_card import CARD
-from penchant.engine.loading import fingerprint_of
+from penchant.engine.folders import fingerprint_of
 from penchant.environment import versions
 from penchant.errors import ConfigError, ModelError, StorageError
 from penchant.files import read_json, staged_folder, write_json

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, global_time, leave_last_out
-from penchant.engine.loading import fingerprint_of, resolve_model
+from penchant.engine.folders import fingerprint_of, resolve_model
 from penchant.errors import ConfigError
 from penchant.files import sha256_file, sha256_text, write_json
 from penchant.interest.vectors import default_layer, item_vectors

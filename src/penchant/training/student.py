@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from penchant.engine.loading import resolve_device, resolve_model
+from penchant.engine.folders import resolve_model
+from penchant.engine.loading import resolve_device
 from penchant.errors import ConfigError, ModelError
 from penchant.interest.vectors import default_layer
 from penchant.training.batch import Batch

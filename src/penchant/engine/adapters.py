@@ -1,0 +1,154 @@
+"""peft adapters: put on a model, merged into its weights, or checked before vLLM takes them as requests."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from penchant.adapter_card import read_card
+from penchant.engine.folders import fingerprint_of
+from penchant.errors import ModelError
+from penchant.fetch import cache_folder
+from penchant.files import read_json, sha256_text, staged_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What peft can do and vLLM's LoRA cannot, by the key of adapter_config.json; None, False and empty values are fine.
+_NOT_AS_REQUEST = (
+    "modules_to_save", "trainable_token_indices", "use_dora", "lora_bias", "alora_invocation_tokens",
+    "layer_replication", "target_parameters", "use_qalora", "use_bdlora",
+)  # fmt: skip
+# Ways to begin training that leave the base as it was; others (PiSSA, LoftQ) change the base too.
+_PLAIN_BEGINNINGS = ("gaussian", "orthogonal", "eva")
+_WEIGHT = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+def with_adapter(model: PreTrainedModel, folder: Path) -> Any:
+    """The model with a peft adapter on it, a PeftModel; one that changes no logit (saved empty) is refused."""
+    _require_files(folder)
+    try:
+        with warnings.catch_warnings():
+            # peft only warns of keys that fit nothing
+            warnings.simplefilter("error", UserWarning)
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            wrapped = PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning, SafetensorError) as error:
+        raise ModelError(
+            f"does not fit this model: {error}", where=str(folder), remedy="use the adapter's own base model"
+        ) from error
+    wrapped.eval()
+    size = int(model.get_input_embeddings().weight.shape[0])
+    ids = torch.arange(1, 33, device=model.device).remainder(size).unsqueeze(0)
+    with torch.inference_mode():
+        adapted = wrapped(input_ids=ids, use_cache=False).logits
+        with wrapped.disable_adapter():
+            plain = wrapped(input_ids=ids, use_cache=False).logits
+    if torch.equal(adapted, plain):
+        raise ModelError(
+            "loading this adapter changes no logit: it is empty or was trained on another model",
+            where=str(folder),
+            remedy="look at how it was saved; an adapter that learnt something is not all zeros",
+        )
+    return wrapped
+
+
+def merged_model(base: Path, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The base with the adapter in its weights, merged in float32 and then cast to ``dtype``.
+
+    Into quantised or rounded weights much of the adapter would be lost.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    merged: PreTrainedModel = with_adapter(model, adapter).merge_and_unload(safe_merge=True).to(dtype)
+    return merged
+
+
+def merged_folder(base: Path, adapter: Path, dtype: str) -> Path:
+    """A folder in the cache with base and adapter as one plain model, made once for their contents."""
+    require_own_base(adapter, base)
+    out = cache_folder() / "merged" / sha256_text(fingerprint_of(base), fingerprint_of(adapter), dtype)[:32]
+    if not out.is_dir():
+        with staged_folder(out) as stage:
+            merged_model(base, adapter, getattr(torch, dtype)).save_pretrained(stage)
+            AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(stage)
+    return out
+
+
+def require_own_base(adapter: Path, base: Path) -> None:
+    """ModelError where our card says another base: an adapter fits any model of its shapes."""
+    trained_on = (read_card(adapter) or {}).get("base")
+    if trained_on is not None and trained_on != fingerprint_of(base):
+        raise ModelError(
+            f"was trained on another model than {base}: its files differ",
+            where=str(adapter),
+            remedy="give its own base model",
+        )
+
+
+def check_request(adapter: Path, base: Path, max_rank: int) -> None:
+    """ModelError for an adapter that vLLM would refuse, drop parts of, or die of, as a LoRA request on this base."""
+    _require_files(adapter)
+    config = read_json(adapter / "adapter_config.json")
+    where, alone = str(adapter), f"load it alone, merged: load_engine(model, {str(adapter)!r}, backend='vllm')"
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"is no LoRA adapter but {config.get('peft_type')!r}", where=where, remedy=alone)
+    for name in _NOT_AS_REQUEST:
+        if config.get(name):
+            raise ModelError(f"uses {name}, which vLLM cannot serve as a request", where=where, remedy=alone)
+    if config.get("bias", "none") != "none":
+        raise ModelError("trains biases, which vLLM cannot serve as a request", where=where, remedy=alone)
+    beginning = config.get("init_lora_weights", True)
+    if isinstance(beginning, str) and beginning not in _PLAIN_BEGINNINGS:
+        raise ModelError(f"began as {beginning}, which changed its base too", where=where, remedy=alone)
+    require_own_base(adapter, base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))
+    linear = {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    head = model.get_output_embeddings()
+    for name, shape in _shapes(adapter).items():
+        found = _WEIGHT.fullmatch(name)
+        module = found["module"] if found else name
+        if found is None or module not in linear:
+            raise ModelError(f"has weights for {module}, which is no linear layer of {base}", where=where, remedy=alone)
+        if model.get_submodule(module) is head:
+            raise ModelError(f"changes {module}, which vLLM may drop in silence", where=where, remedy=alone)
+        inner, fits = (shape[0], shape[1] == linear[module][1]) if found["side"] == "A" else (
+            shape[1], shape[0] == linear[module][0])  # fmt: skip
+        if not fits:
+            raise ModelError(
+                f"does not fit this model: {name} is {list(shape)}, the layer {list(linear[module])}",
+                where=where,
+                remedy="use the adapter's own base model",
+            )
+        if inner > max_rank:
+            raise ModelError(
+                f"has rank {inner}, and the engine was started for {max_rank} at most",
+                where=where,
+                remedy=f"load the engine with max_lora_rank={inner} or more",
+            )
+
+
+def _shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as weights:
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot be read: {error}", where=str(adapter), remedy="save the adapter again") from error
+
+
+def _require_files(folder: Path) -> None:
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError("has no adapter_config.json", where=str(folder), remedy="give a peft adapter's folder")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            "has no adapter_model.safetensors", where=str(folder), remedy="save it with peft's save_pretrained"
+        )
