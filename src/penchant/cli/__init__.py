@@ -9,6 +9,7 @@ import sys
 import typer
 
 from penchant import __version__
+from penchant.cli.batch import batch_command
 from penchant.cli.console import err
 from penchant.cli.demo import demo_command
 from penchant.cli.doctor import doctor_command
@@ -36,6 +37,7 @@ app.command("fit")(fit_command)
 app.command("finetune", context_settings=SETTINGS)(finetune_command)
 app.command("merge")(merge_command)
 app.command("recommend")(recommend_command)
+app.command("batch")(batch_command)
 app.command("evaluate")(evaluate_command)
 app.command("prompt")(prompt_command)
 app.command("doctor")(doctor_command)

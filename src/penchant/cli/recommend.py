@@ -45,7 +45,7 @@ def recommend_command(
 
     from penchant.filters import parse_condition
 
-    caps = _caps(cap or [])
+    caps = read_caps(cap or [])
     conditions = [parse_condition(text) for text in where or ()]
     predicate = pl.all_horizontal(conditions) if conditions else None
     from penchant.engine.noise import quiet_libraries
@@ -57,11 +57,11 @@ def recommend_command(
     answer = Recommender.load(run).recommend(
         user or None,
         k,
-        history=_ids(history),
+        history=read_ids(history),
         history_titles=history_title or None,
         method=method,  # type: ignore[arg-type]
-        allow=_ids(allow),
-        deny=_ids(deny),
+        allow=read_ids(allow),
+        deny=read_ids(deny),
         where=predicate,
         include_seen=include_seen,
         text=text,
@@ -87,7 +87,7 @@ def recommend_command(
         typer.echo(f"{name}{row['rank']}\t{row['item_id']}\t{title}\t{row['score']:.4f}\t{row['stage']}")
 
 
-def _caps(given: list[str]) -> dict[str, int]:
+def read_caps(given: list[str]) -> dict[str, int]:
     """COLUMN=N as a mapping; ConfigError for what can't be read."""
     caps = {}
     for text in given:
@@ -98,5 +98,6 @@ def _caps(given: list[str]) -> dict[str, int]:
     return caps
 
 
-def _ids(text: str | None) -> list[str] | None:
+def read_ids(text: str | None) -> list[str] | None:
+    """Ids separated by commas."""
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,253 @@
+"""A prepared shard to the rows it makes: recommendations, scores of pairs, or vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from penchant import schema
+from penchant.batch.options import BatchOptions
+from penchant.batch.quarantine import Bad, Reason
+from penchant.batch.rows import Prepared, batches
+from penchant.errors import ConfigError, DataError, NotFiniteError
+from penchant.filters import item_mask, parse_condition
+from penchant.interest.behaviour import Behaviour
+from penchant.recommend import Recommender
+from penchant.rerank import Rules
+from penchant.serving import Told
+
+ROW, INTEREST, LLM, FUSED, VECTOR, MODEL = "row", "interest", "llm", "fused", "vector", "model"
+_KIND: dict[str, Any] = {
+    ROW: pl.Int64,
+    schema.USER: pl.String,
+    schema.ITEM: pl.String,
+    schema.RANK: pl.Int32,
+    schema.SCORE: pl.Float64,
+    schema.STAGE: pl.String,
+    INTEREST: pl.Float64,
+    LLM: pl.Float64,
+    FUSED: pl.Float64,
+}
+
+# What one row makes: values in the order of the job's columns.
+Line = tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class Answered:
+    """A shard's results: ``frame`` in the order of the input, what was quarantined, and what it took.
+
+    ``asked`` are the tokens of all prompts and candidates, had each candidate its own prompt; ``run`` those that went
+    through the model, where the engine counts them.
+    """
+
+    shard: int
+    n_rows: int
+    frame: pl.DataFrame
+    bad: list[Bad] = field(default_factory=list)
+    cut: int = 0
+    unknown: int = 0
+    asked: int = 0
+    run: int = 0
+
+
+class Answerer:
+    """Answers prepared shards with one model, for one job."""
+
+    def __init__(self, model: Recommender, options: BatchOptions, model_hash: str) -> None:
+        self._model = model
+        self._options = options
+        self._hash = model_hash
+        self._asked = 0
+        conditions = [parse_condition(text) for text in options.where]
+        self._allowed = item_mask(
+            model.items,
+            model.item_index,
+            allow=options.allow,
+            deny=options.deny,
+            where=pl.all_horizontal(conditions) if conditions else None,
+        )
+        self._rules = Rules.of(
+            model.items, diversity=options.diversity, caps=options.caps, unique=options.unique_titles
+        )
+        self._pool = self._rules.pool(options.k, len(model.items))
+        self._names: list[str] = model.items[schema.ITEM].to_list()
+        jobs: dict[str, tuple[Callable[[Prepared, Sequence[int]], list[list[Line]]], list[str]]] = {
+            "recommend": (
+                self._recommend,
+                [schema.ITEM, schema.RANK, schema.SCORE, schema.STAGE, INTEREST, LLM, FUSED],
+            ),
+            "score": (self._score, [schema.ITEM, schema.SCORE, INTEREST, LLM]),
+            "embed-users": (self._embed_users, [INTEREST, VECTOR]),
+            "embed-items": (self._embed_items, [schema.ITEM, VECTOR]),
+        }
+        self._ask, self._columns = jobs[options.job]
+        if options.job == "score" and options.method == "rank" and model.config.question == "choose":
+            raise ConfigError(
+                "the run's LLM chooses among candidates, and a pair is one",
+                where="pairs",
+                remedy="score with method retrieve, or fit with question likelihood or yes_no",
+            )
+
+    def __call__(self, prepared: Prepared, progress: Callable[[int], None]) -> Answered:
+        """``progress`` is called with the rows just answered. What is no fault of a row goes through."""
+        engine = self._model.engine if self._asks_engine else None
+        before = getattr(engine, "tokens_run", 0)
+        out = Answered(prepared.shard, prepared.n_rows, pl.DataFrame(), list(prepared.bad))
+        out.cut, out.unknown = prepared.cut, prepared.unknown
+        self._asked = 0
+        lines: list[list[Line]] = [[] for _ in prepared.rows]
+        for places in batches(prepared, self._options.batch):
+            for place, found in zip(places, self._one_by_one(prepared, places, out.bad), strict=True):
+                lines[place] = found
+            progress(len(places))
+        out.asked, out.run = self._asked, getattr(engine, "tokens_run", 0) - before
+        out.frame = self._frame(prepared, lines)
+        return out
+
+    @property
+    def _asks_engine(self) -> bool:
+        if not self._options.asks_llm:
+            return False
+        return self._options.job == "score" or self._options.method == "generate" or self._model.fusion.weight > 0
+
+    def _one_by_one(self, prepared: Prepared, places: Sequence[int], bad: list[Bad]) -> list[list[Line]]:
+        """The lines of each row; where a batch fails because of some row, each row is asked alone."""
+        try:
+            found = self._ask(prepared, places)
+        except (DataError, NotFiniteError) as error:
+            if len(places) > 1:
+                return [self._one_by_one(prepared, [place], bad)[0] for place in places]
+            finite = not isinstance(error, NotFiniteError) and self._finite(prepared.histories[places[0]])
+            reason: Reason = "refused" if finite else "not_a_number"
+            bad.append(self._bad(prepared, places[0], reason, error.what))
+            return [[]]
+        if self._options.job == "recommend":
+            for place, lines in zip(places, found, strict=True):
+                if not lines:
+                    bad.append(self._bad(prepared, place, "nothing_left"))
+        return found
+
+    def _bad(self, prepared: Prepared, place: int, reason: Reason, detail: str = "") -> Bad:
+        item = prepared.items[place]
+        return Bad(prepared.rows[place], prepared.users[place], None if item < 0 else self._names[item], reason, detail)
+
+    # -- the jobs ------------------------------------------------------------------------------
+
+    def _recommend(self, prepared: Prepared, places: Sequence[int]) -> list[list[Line]]:
+        model, options = self._model, self._options
+        histories = [prepared.histories[place] for place in places]
+        nobody = np.zeros(0, dtype=np.int32)
+        seen = [nobody if options.include_seen else history.item for history in histories]
+        told: dict[int, Told] = {}
+        answers = model.answer(histories, seen, self._pool, options.method, self._allowed, options.calibration, told)
+        out = []
+        for i, answer in enumerate(answers):
+            items = [item for item, _, _ in answer]
+            vectors = model.scaling.apply(model.vectors[items]) if options.diversity else None
+            chosen = [answer[place] for place in self._rules.choose(items, vectors, options.k)]
+            said = told.get(i, {})
+            self._count(prepared.tokens[places[i]], list(said))
+            out.append([self._line(rank, *one, said.get(one[0])) for rank, one in enumerate(chosen, 1)])
+        return out
+
+    def _line(self, rank: int, item: int, score: float, stage: str, said: tuple[float, float] | None) -> Line:
+        interest = llm = fused = None
+        if said is not None and stage != schema.STAGE_INTEREST:
+            interest, llm, fused = *said, score
+        elif stage == schema.STAGE_INTEREST:
+            interest = score
+        elif stage == schema.STAGE_GENERATED:
+            llm = score
+        return self._names[item], rank, score, stage, interest, llm, fused
+
+    def _score(self, prepared: Prepared, places: Sequence[int]) -> list[list[Line]]:
+        """A pair's score is of the pair alone: the encoder's, or the LLM's with its share without history taken out."""
+        model = self._model
+        groups: list[list[int]] = []  # pairs of one user, whose history is asked about once
+        for i, place in enumerate(places):
+            user = prepared.users[place]
+            same = user is not None and groups and prepared.users[places[groups[-1][-1]]] == user
+            same = same and np.array_equal(
+                prepared.histories[place].item, prepared.histories[places[groups[-1][-1]]].item
+            )
+            if same:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        histories = [prepared.histories[places[group[0]]] for group in groups]
+        items = [np.array([prepared.items[places[i]] for i in group], dtype=np.int32) for group in groups]
+        vectors = model.encoder.encode(histories)
+        interest = [
+            model.encoder.scores(vectors[g : g + 1], model.index.vectors[row])[0] for g, row in enumerate(items)
+        ]
+        llm: list[NDArray[np.float64]] | None = None
+        scores = [row.astype(np.float64) for row in interest]
+        if self._options.method == "rank":
+            llm = model.ranker.scores([history.item for history in histories], items)
+            scores = llm
+            if model.fusion.calibration:
+                scores = [
+                    said - model.fusion.calibration * model.ranker.priors(row)
+                    for said, row in zip(llm, items, strict=True)
+                ]
+        out: list[list[Line]] = [[] for _ in places]
+        for g, group in enumerate(groups):
+            if llm is not None:
+                self._count(prepared.tokens[places[group[0]]], items[g])
+            if not np.isfinite(scores[g]).all() or not np.isfinite(interest[g]).all():
+                raise NotFiniteError("a score is not a number", where="score")
+            for j, i in enumerate(group):
+                said = None if llm is None else float(llm[g][j])
+                name = self._names[prepared.items[places[i]]]
+                out[i] = [(name, float(scores[g][j]), float(interest[g][j]), said)]
+        return out
+
+    def _embed_users(self, prepared: Prepared, places: Sequence[int]) -> list[list[Line]]:
+        vectors = self._model.encoder.encode([prepared.histories[place] for place in places])
+        if not np.isfinite(vectors).all():
+            raise NotFiniteError("the vector is not finite", where="embed")
+        several = vectors if vectors.ndim == 3 else vectors[:, None]
+        return [[(k, vector) for k, vector in enumerate(row)] for row in several]
+
+    def _embed_items(self, prepared: Prepared, places: Sequence[int]) -> list[list[Line]]:
+        vectors = self._model.index.vectors[[prepared.items[place] for place in places]]
+        if not np.isfinite(vectors).all():
+            raise NotFiniteError("the vector is not finite", where="embed")
+        return [[(self._names[prepared.items[p]], row)] for p, row in zip(places, vectors, strict=True)]
+
+    # -- small parts ---------------------------------------------------------------------------
+
+    def _finite(self, history: Behaviour) -> bool:
+        """Whether the encoder's own answer is a number: an index refuses what isn't as any other error."""
+        return not len(history) or bool(np.isfinite(self._model.encoder.encode([history])).all())
+
+    def _count(self, prompt: int, items: Sequence[int] | NDArray[np.integer]) -> None:
+        """Tokens of one sequence an item, where a prompt was made."""
+        if prompt:
+            self._asked += prompt * len(items) + sum(map(len, self._model.ranker.tokens(items)))
+
+    def _frame(self, prepared: Prepared, lines: Sequence[Sequence[Line]]) -> pl.DataFrame:
+        """All lines in the order of the input, as the job's columns."""
+        count = [len(found) for found in lines]
+        flat = [line for found in lines for line in found]
+        columns: dict[str, pl.Series] = {ROW: pl.Series(np.repeat(np.array(prepared.rows, dtype=np.int64), count))}
+        if self._options.job != "embed-items":
+            users = [user for user, n in zip(prepared.users, count, strict=True) for _ in range(n)]
+            columns[schema.USER] = pl.Series(users, dtype=pl.String)
+        values = list(zip(*flat, strict=True)) if flat else [()] * len(self._columns)
+        for name, column in zip(self._columns, values, strict=True):
+            if name == VECTOR:
+                width = self._model.config.encoder.dim
+                matrix = np.array(column, dtype=np.float32).reshape(len(column), width)
+                columns[name] = pl.Series(matrix, dtype=pl.Array(pl.Float32, width))
+            elif name == INTEREST and self._options.job == "embed-users":
+                columns[name] = pl.Series(column, dtype=pl.Int32)
+            else:
+                columns[name] = pl.Series(column, dtype=_KIND[name])
+        return pl.DataFrame(columns).with_columns(pl.lit(self._hash, dtype=pl.String).alias(MODEL))

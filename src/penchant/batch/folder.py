@@ -1,0 +1,196 @@
+"""A job's folder: its runs, the lock, and which run is published.
+
+recs/lock                   one process at a time, or the parts of one array job
+recs/run-0001/              a job: manifest.json and what shards.py keeps
+recs/latest -> run-0001     the newest complete run, and never another
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from penchant.batch.identity import Identity, differences
+from penchant.errors import ConfigError, StorageError
+from penchant.files import disk_full, read_json, staged_folder, write_json
+
+LATEST, MANIFEST, SUMMARY = "latest", "manifest.json", "summary.json"
+FORMAT = 1
+_TRIES = 4
+_RUN = re.compile(r"run-(\d{4,})")
+_PART = re.compile(r"lock\.(\d+)-of-(\d+)")
+
+
+def part_of(text: str | None) -> tuple[int, int]:
+    """The part and the number of parts of ``--shard i/n``, i from 1; all of it where nothing is said."""
+    if text is None:
+        return 1, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"cannot read {text!r}", where="shard", remedy="give i/n with i from 1 to n, such as 1/4")
+    return int(found[1]), int(found[2])
+
+
+class JobFolder:
+    """The folder of ``--out``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    # -- locks ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self, part: tuple[int, int]) -> Iterator[None]:
+        """Keep every other process off this folder, or off this part of it. StorageError where one is at work.
+
+        The locks are the kernel's and go with the process, so none is left behind by a crash.
+        """
+        index, parts = part
+        whole = parts == 1
+        with ExitStack() as held:
+            with _making(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_flock(self.path / "lock", shared=not whole))
+            if not whole:
+                with self.setting_up():  # two array jobs of other numbers of parts must not pass each other here
+                    for other in self.path.glob("lock.*-of-*"):
+                        found = _PART.fullmatch(other.name)
+                        if found and int(found[2]) != parts:
+                            with _flock(other):
+                                pass
+                    held.enter_context(_flock(self.path / f"lock.{index}-of-{parts}"))
+            yield
+
+    @contextmanager
+    def setting_up(self) -> Iterator[None]:
+        """Only one part of an array job at a time makes, checks or publishes a run; the others wait."""
+        with ExitStack() as held:
+            with _making(self.path):
+                held.enter_context(_flock(self.path / "lock.setup", wait=True))
+            yield
+
+    # -- runs ----------------------------------------------------------------------------------
+
+    def runs(self) -> list[Path]:
+        """The runs that have a manifest, oldest first."""
+        if not self.path.is_dir():
+            return []
+        found = [p for p in self.path.iterdir() if _RUN.fullmatch(p.name) and (p / MANIFEST).is_file()]
+        return sorted(found, key=lambda p: int(p.name[4:]))
+
+    def open(self, identity: Identity, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+        """The run of this identity and its manifest: the unfinished one, or the newest complete one where it is the
+        same, or a new one, which ``make`` fills (it returns what goes into the manifest beside the identity).
+
+        StorageError, naming what differs, where the unfinished one is another job's.
+        """
+        runs = self.runs()
+        for debris in self.path.glob(".run-*"):
+            shutil.rmtree(debris, ignore_errors=True)
+        if runs:
+            manifest = read_manifest(runs[-1])
+            if manifest["identity"] == identity:
+                return runs[-1], manifest
+            if not (runs[-1] / SUMMARY).is_file():
+                raise StorageError(
+                    "holds an unfinished job that differs in: "
+                    + "; ".join(differences(manifest["identity"], identity)),
+                    where=str(runs[-1]),
+                    remedy="run it as it was started, or give another --out, or delete that folder to give it up",
+                )
+        number = int(runs[-1].name[4:]) + 1 if runs else 1
+        target = self.path / f"run-{number:04d}"
+        if target.exists():
+            raise StorageError("stands there without a manifest", where=str(target), remedy="move it away")
+        with staged_folder(target) as stage:
+            manifest = {"format": FORMAT, "identity": identity, **make(stage)}
+            write_json(stage / MANIFEST, manifest)
+        return target, manifest
+
+    def publish(self, run: Path) -> None:
+        """Let ``latest`` point to this complete run, in one step; it never goes back to an older one."""
+        link = self.path / LATEST
+        if link.is_symlink():
+            now = _RUN.fullmatch(os.readlink(link))
+            if now and int(now[1]) >= int(run.name[4:]):
+                return
+        elif link.exists():
+            raise StorageError("is no link of ours", where=str(link), remedy="move it away")
+        with _making(link):
+            for debris in self.path.glob(f".{LATEST}.*"):
+                debris.unlink()
+            stage = self.path / f".{LATEST}.{secrets.token_hex(4)}"
+            stage.symlink_to(run.name)
+            os.replace(stage, link)
+            sync_folder(self.path)
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The manifest of a run, checked to be one of ours."""
+    manifest = read_json(run / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "identity" not in manifest:
+        raise StorageError(
+            "is no manifest of this version", where=str(run / MANIFEST), remedy="move the folder away and start anew"
+        )
+    return manifest
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on disk: a rename is durable only then."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _flock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[IO[str]]:
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with path.open("a", encoding="utf-8") as handle:
+        for left in range(_TRIES, -1, -1):
+            try:
+                fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if left:
+                    time.sleep(0.05)  # --status holds a lock for a moment, to see whether it is free
+                    continue
+                raise StorageError(
+                    "another process is at work on this job",
+                    where=str(path),
+                    remedy="wait for it, look at it with --status, or give another --out",
+                ) from error
+        yield handle
+
+
+def held(path: Path) -> bool:
+    """Whether a process holds any lock of the folder."""
+    for lock in [path / "lock", *path.glob("lock.*-of-*")]:
+        if lock.is_file():
+            try:
+                with _flock(lock):
+                    pass
+            except StorageError:
+                return True
+    return False
+
+
+@contextmanager
+def _making(path: Path) -> Iterator[None]:
+    """What the system says of a folder that can't be written, as one StorageError."""
+    try:
+        yield
+    except OSError as error:
+        what = "no room to write it" if disk_full(error) else "cannot be written there"
+        raise StorageError(
+            f"{what} ({error})", where=str(path), remedy="free disk space, or give another --out"
+        ) from error

@@ -1,0 +1,252 @@
+"""A job from its input to its published results: the one way through, whoever runs the shards."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from penchant.batch.columns import HISTORY
+from penchant.batch.duplicates import repeated_rows
+from penchant.batch.folder import SUMMARY, JobFolder, part_of
+from penchant.batch.identity import identity_of, with_input
+from penchant.batch.local import run_local
+from penchant.batch.options import BatchOptions
+from penchant.batch.progress import Progress, cached_share, totals
+from penchant.batch.shards import QUARANTINE, Record, Shards
+from penchant.batch.source import NamesSource, ParquetSource, Source
+from penchant.batch.worker import Worker, save_fixed
+from penchant.engine.threads import threads, use_threads
+from penchant.environment import environment
+from penchant.errors import ConfigError, DataError
+from penchant.files import write_json
+from penchant.recommend import Recommender
+from penchant.schema import ITEM, USER
+
+Runner = Literal["local", "ray"]
+
+# Columns of a job's input: those it must have, those it may have, and those that may be there once only.
+_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "recommend": ((), (USER, HISTORY), (USER,)),
+    "score": ((ITEM,), (USER, HISTORY), (USER, ITEM)),
+    "embed-users": ((), (USER, HISTORY), (USER,)),
+    "embed-items": ((ITEM,), (), (ITEM,)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A job before it has a folder: the model, what is asked of it, and the rows."""
+
+    model: Recommender
+    options: BatchOptions
+    source: Source
+    path: Path | None = None  # of the model, and ...
+    url: str | None = None  # ... of the rows, for those who open them elsewhere
+
+
+def asked(
+    model: Recommender | Path | str,
+    rows: Path | str | None,
+    options: BatchOptions | None = None,
+    *,
+    n_threads: int | None = None,
+    **settings: object,
+) -> Asked:
+    """Open the model and the rows (None: all users, or items, that the run knows)."""
+    chosen = BatchOptions.of(options, **settings)
+    if n_threads is not None:
+        if n_threads < 1:
+            raise ConfigError(f"{n_threads} threads", where="threads", remedy="give 1 or more")
+        use_threads(n_threads)
+    opened = model if isinstance(model, Recommender) else Recommender.load(model)
+    return Asked(
+        opened,
+        chosen,
+        source_of(opened, chosen, rows),
+        None if isinstance(model, Recommender) else Path(model),
+        None if rows is None else str(rows),
+    )
+
+
+def source_of(model: Recommender, options: BatchOptions, rows: Path | str | None) -> Source:
+    """The rows of a job. ConfigError for pairs that are not given, DataError for files that can't be used."""
+    needed, optional, _ = _COLUMNS[options.job]
+    if rows is not None:
+        source: Source = ParquetSource(str(rows), needed, optional)
+    elif options.job == "score":
+        raise ConfigError("no pairs", where="score", remedy="give a Parquet file with user_id and item_id")
+    elif options.job == "embed-items":
+        source = NamesSource(ITEM, model.items[ITEM].to_list())
+    else:
+        source = NamesSource(USER, model.log.user_ids)
+    if not source.rows:
+        raise DataError("has no rows", where=str(rows), remedy="give a file with rows")
+    return source
+
+
+def run(
+    model: Recommender | Path | str,
+    out: Path | str,
+    rows: Path | str | None = None,
+    options: BatchOptions | None = None,
+    *,
+    part: str | None = None,
+    runner: Runner = "local",
+    workers: int = 2,
+    worker_gpus: float = 0.0,
+    max_bad_share: float = 0.01,
+    n_threads: int | None = None,
+    stop: threading.Event | None = None,
+    tell: Callable[[dict[str, Any]], None] | None = None,
+    **settings: object,
+) -> dict[str, Any]:
+    """Answer every row, or go on where a run of the same job was; returns the summary (also in summary.json).
+
+    ``model`` is a fitted run's folder, or a Recommender; ``rows`` is Parquet (file, folder, glob or fsspec URL) with
+    user_id or history (a list of item ids, oldest first), for pairs item_id too; None: every user, or item, the run
+    knows. ``settings`` are fields of BatchOptions. Results are in out/run-NNNN/parts, and out/latest points to the
+    newest complete run.
+
+    ``part`` "i/n" takes every n-th shard, for array jobs. ``runner`` "ray" gives shards to ``workers`` actors, each
+    with ``worker_gpus`` GPUs; the folders must then be ones that all machines see. Over ``max_bad_share`` of
+    quarantined rows it is a DataError. SIGTERM, or setting ``stop``, lets the shard in hand be finished: the summary's
+    state is then "stopped". ``tell`` is given the numbers of progress.json at each shard.
+
+    StorageError where another process is at the job, where an unfinished job differs (it says in what), or where there
+    is no room; ModelError where the engine stops. After any of them the same call goes on where it was.
+    """
+    if runner not in ("local", "ray"):
+        raise ConfigError(f"unknown runner {runner!r}", remedy="use local or ray")
+    if not 0 <= max_bad_share <= 1:
+        raise ConfigError(f"max_bad_share is {max_bad_share}", where="batch", remedy="give a share from 0 to 1")
+    own = part_of(part)
+    with stop_on_sigterm(stop or threading.Event()) as stopping:
+        job = asked(model, rows, options, n_threads=n_threads, **settings)
+        if runner == "ray" and job.path is None:
+            raise ConfigError("the ray runner opens the run itself", where="model", remedy="give the run's folder")
+        folder = JobFolder(Path(out))
+        with folder.locked(own):
+            with folder.setting_up():
+                identity = with_input(identity_of(job.model, job.options), job.source)
+                path, manifest = folder.open(identity, lambda stage: _make(stage, job))
+            shards = Shards(path, job.source.rows, job.options.rows)
+            shards.make()
+            mine = shards.of_part(*own)
+            shards.sweep(mine)
+            kept = [found for shard in mine if (found := shards.whole(shard)) is not None]
+            todo = sorted(set(mine).difference(record["shard"] for record in kept))
+            size = sum(len(shards.range(shard)) for shard in mine)
+            progress = Progress(path, own, len(mine), size, kept)
+
+            def done(record: Record) -> None:
+                progress.shard(record)
+                if tell is not None:
+                    tell(progress.numbers())
+                _check_share([*kept, *progress.new], job.source.rows, max_bad_share, path)
+
+            _check_share(kept, job.source.rows, max_bad_share, path)
+            if todo and runner == "ray":
+                from penchant.batch.ray import run_ray
+
+                run_ray(job, path, shards, todo, workers=workers, gpus=worker_gpus, done=done, stopped=stopping.is_set)
+            elif todo and not stopping.is_set():
+                worker = Worker.of_run(path, manifest, job.model, job.options)
+                run_local(
+                    worker,
+                    job.source,
+                    shards,
+                    todo,
+                    batch=progress.batch,
+                    done=done,
+                    stopped=stopping.is_set,
+                )
+            return _finish(folder, job, shards, own, [*kept, *progress.new], progress, max_bad_share)
+
+
+def _make(stage: Path, job: Asked) -> dict[str, Any]:
+    """What a new run fixes for all its shards."""
+    key = _COLUMNS[job.options.job][2]
+    repeated = repeated_rows(job.source, key, stage)
+    return {
+        "options": job.options.model_dump(mode="json"),
+        "rows": job.source.rows,
+        "shard_rows": job.options.rows,
+        "threads": threads(),
+        "input": job.url,
+        "files": save_fixed(stage, job.model, job.options, repeated),
+    }
+
+
+def _finish(
+    folder: JobFolder,
+    job: Asked,
+    shards: Shards,
+    own: tuple[int, int],
+    mine: list[Record],
+    progress: Progress,
+    max_bad_share: float,
+) -> dict[str, Any]:
+    """Check and publish the run if all of it is there; the summary of what is."""
+    left = len(shards.of_part(*own)) - len(mine)
+    records = {record["shard"]: record for record in mine}
+    with folder.setting_up():
+        if not left:
+            for shard in range(len(shards)):  # other parts of an array job, where they are done
+                if shard not in records and (found := shards.whole(shard)) is not None:
+                    records[shard] = found
+        complete = len(records) == len(shards)
+        progress.state = "complete" if complete else "part" if not left else "stopped"
+        progress.write(now=True)
+        sums = totals(list(records.values()))
+        numbers = progress.numbers()
+        summary = {
+            "state": progress.state,
+            "run": str(shards.folder),
+            "shards": len(shards),
+            "shards_done": len(records),
+            "shards_left": len(shards) - len(records),
+            **sums,
+            "bad_share": round(sums["bad"] / job.source.rows, 6),
+            "cached_share": cached_share(sums["tokens_asked"], sums["tokens_run"]),
+            "engine_seconds": round(sum(record["seconds"] for record in records.values()), 2),
+            "this_process": {name: numbers[name] for name in numbers if name.endswith(("_per_s", "seconds"))},
+        }
+        if complete:
+            _check_share(list(records.values()), job.source.rows, max_bad_share, shards.folder)
+            job.source.unchanged()
+            for shard in range(len(shards)):
+                shards.check(shard)
+            summary["environment"] = environment()
+            write_json(shards.folder / SUMMARY, summary)
+            folder.publish(shards.folder)
+    return summary
+
+
+def _check_share(records: list[Record], rows: int, limit: float, path: Path) -> None:
+    """DataError as soon as the quarantine is larger than it may be at the end."""
+    sums = totals(records)
+    if sums["bad"] > limit * rows:
+        why = ", ".join(f"{reason} {number:,}" for reason, number in sums["reasons"].items())
+        raise DataError(
+            f"{sums['bad']:,} of {rows:,} rows are in quarantine ({why}), over the share of {limit:.2%} that may be",
+            where=str(path / QUARANTINE),
+            remedy="look there; allow more with --max-bad-share, or mend the input and start it with another --out",
+        )
+
+
+@contextmanager
+def stop_on_sigterm(stop: threading.Event) -> Iterator[threading.Event]:
+    """Let SIGTERM set ``stop`` as long as the block runs; only the main thread can hear it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

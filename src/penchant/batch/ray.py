@@ -1,0 +1,172 @@
+"""The same shards by Ray Data: actors that open the run themselves, and Ray's retries where one dies.
+
+An actor is given a few shards at a time and makes them as ``run_local`` does. Given again after a death, those that
+are whole already are left alone. Run, input and output must lie where every machine sees them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from penchant.batch.folder import read_manifest
+from penchant.batch.identity import blas_threads, differences, identity_of
+from penchant.batch.local import run_local
+from penchant.batch.options import BatchOptions
+from penchant.batch.shards import Record, Shards
+from penchant.batch.worker import Worker
+from penchant.errors import ConfigError, ModelError, PenchantError
+
+if TYPE_CHECKING:
+    from penchant.batch.job import Asked
+
+_STOP = "stop"  # a file: actors on any machine see it, and begin no other shard
+_GROUPS, _SHARDS = 4, 8  # groups of shards an actor gets at least, and shards of a group at most
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def run_ray(
+    job: Asked,
+    run: Path,
+    shards: Shards,
+    todo: Sequence[int],
+    *,
+    workers: int,
+    gpus: float,
+    done: Callable[[Record], None],
+    stopped: Callable[[], bool],
+) -> None:
+    """As ``run_local``, with ``workers`` actors. ModelError where an actor fails for more than its machine's death."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("Ray is not installed", where="runner", remedy='pip install "penchant[ray]"') from error
+    if workers < 1:
+        raise ConfigError(f"{workers} workers", where="workers", remedy="give 1 or more")
+    stop = run / _STOP
+    stop.unlink(missing_ok=True)
+    # What Ray would set for an actor decides how sums are taken, and must be as it is here.
+    variables = dict.fromkeys(_THREADS, blas_threads())
+    size = max(1, min(_SHARDS, len(todo) // (workers * _GROUPS)))
+    groups = [{"shards": json.dumps(todo[start : start + size])} for start in range(0, len(todo), size)]
+    with _cluster(workers), _watching(stop, stopped):
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        results = ray.data.from_items(groups, override_num_blocks=len(groups)).map_batches(
+            ShardActor,
+            fn_constructor_args=(str(job.path), job.url, str(run.absolute())),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=1,
+            num_gpus=gpus or None,
+            runtime_env={"env_vars": variables},
+            # A task on an actor that died is tried again on a new one; an error of the engine's is not.
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        try:
+            for row in results.iter_rows():
+                for record in json.loads(row["records"]):
+                    done(record)
+        except PenchantError:
+            stop.touch()
+            raise
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise ModelError(
+                f"a Ray worker stopped: {cause}".strip(),
+                where=str(run),
+                remedy="mend the cause and run the same command again: the shards done are kept",
+            ) from error
+        finally:
+            stop.unlink(missing_ok=True)
+
+
+class ShardActor:
+    """One worker: its own model and engine, for shards as they come."""
+
+    def __init__(self, model: str, rows: str | None, run: str) -> None:
+        from penchant.batch.job import asked
+
+        self._run = Path(run)
+        manifest = read_manifest(self._run)
+        job = asked(
+            Path(model), rows, BatchOptions.model_validate(manifest["options"]), n_threads=int(manifest["threads"])
+        )
+        here = identity_of(job.model, job.options)
+        then = {name: value for name, value in manifest["identity"].items() if not name.startswith("input ")}
+        if here != then:
+            raise ConfigError(
+                "this worker would give other results: " + "; ".join(differences(then, here)),
+                where=os.uname().nodename,
+                remedy="give all machines the same versions, threads and files",
+            )
+        self._worker = Worker.of_run(self._run, manifest, job.model, job.options)
+        self._source = job.source
+        self._shards = Shards(self._run, manifest["rows"], manifest["shard_rows"])
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The records of the shards named in the batch's one row, those that were whole already included."""
+        todo: list[int] = json.loads(str(batch["shards"][0]))
+        records = {shard: found for shard in todo if (found := self._shards.whole(shard)) is not None}
+
+        def done(record: Record) -> None:
+            records[record["shard"]] = record
+
+        run_local(
+            self._worker,
+            self._source,
+            self._shards,
+            [shard for shard in todo if shard not in records],
+            batch=lambda n: None,
+            done=done,
+            stopped=(self._run / _STOP).exists,
+        )
+        return {"records": np.array([json.dumps([records[shard] for shard in sorted(records)])])}
+
+
+@contextmanager
+def _cluster(workers: int) -> Iterator[None]:
+    """The cluster that is there (RAY_ADDRESS, or begun by the caller), or one on this machine while the job runs."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    heard = signal.getsignal(signal.SIGTERM)
+    there = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **there)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, heard)  # Ray sets a handler that ends the process at once
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _watching(stop: Path, stopped: Callable[[], bool]) -> Iterator[None]:
+    """Tell the actors, by the file ``stop``, once ``stopped`` says so."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            if stopped():
+                stop.touch()
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
