@@ -39,7 +39,7 @@ def main(
     targets, histories = targets.take(warm), [histories[i] for i in warm]
     n_items = model.log.n_items
     vectors = model.scaling.apply(model.vectors[:n_items])
-    found, _ = model.retrieve(histories, Rules.of(model.items, diversity=0.5, unique=False).pool(k, n_items))
+    found, _ = model.retrieve(histories, Rules.of(model.items, diversity=0.5, unique=False).pool(k))
     points: list[dict[str, Any]] = []
     for level in LEVELS:
         rules = Rules.of(model.items, diversity=level, unique=False)

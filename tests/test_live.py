@@ -280,6 +280,26 @@ def test_a_removed_item_is_never_recommended_but_read(model: Recommender, method
         model.remove_items(["nope"])
 
 
+@pytest.mark.parametrize("method", ["rank", "retrieve", "generate"])
+def test_a_list_is_filled_from_behind_where_the_rules_took_too_many(model: Recommender, method: Any) -> None:
+    model.fusion = Fusion(0.5, 0.5)
+    # Every genre once: far down the list, and the LLM is asked about the candidates once.
+    whole = model.recommend(["u1"], 16, method=method)
+    engine = asked(model)
+    engine.scored = 0
+    got = model.recommend(["u1"], 3, method=method, caps={"year": 1, "genres": 1})
+    genres = dict(model.items.select("item_id", "genres").iter_rows())
+    expected, taken = [], set[str]()
+    for item in whole["item_id"]:
+        labels = set((genres[item] or "").split("|"))
+        if not labels & taken:
+            expected.append(item)
+            taken |= labels
+    assert got["item_id"].to_list() == expected[:3]
+    if method == "rank":
+        assert engine.scored <= 2 * model.config.candidates
+
+
 # -- on disk -----------------------------------------------------------------------------------
 
 

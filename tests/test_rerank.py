@@ -30,13 +30,12 @@ def chosen(k: int, vectors: np.ndarray | None = None, **rules: object) -> list[i
 def test_without_rules_the_order_stays() -> None:
     assert chosen(8, unique=False) == ORDER
     assert chosen(3, unique=False) == ORDER[:3]
-    assert Rules.of(ITEMS, unique=False).pool(3, 8) == 3
+    assert Rules.of(ITEMS, caps={"genres": 1}).pool(3) == 3
+    assert Rules.of(ITEMS, diversity=0.1).pool(3) == 100
 
 
 def test_a_title_comes_once_whatever_its_case() -> None:
     assert chosen(8) == [3, 0, 1, 4, 6, 7]  # 2 is the A again, 5 the B
-    assert Rules.of(ITEMS).pool(3, 8) == 5  # two titles come twice
-    assert Rules.of(ITEMS.unique("title", keep="first").filter(pl.col("title") != "a ")).pool(3, 6) == 3
 
 
 def test_caps_by_hand() -> None:

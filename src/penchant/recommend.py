@@ -31,7 +31,7 @@ from penchant.prompt import Templates
 from penchant.rank import Fusion, choose_fusion
 from penchant.rerank import Rules
 from penchant.run_folder import FitConfig, load_run, save_run
-from penchant.serving import Method, Served
+from penchant.serving import Answer, Items, Method, Served
 
 if TYPE_CHECKING:
     from penchant.engine import Engine
@@ -222,22 +222,33 @@ class Recommender(Served):
         names, histories = self._who(users, history, history_titles, wished=text is not None)
         allowed = item_mask(self.items, self.item_index, allow=allow, deny=deny, where=where)
         rules = Rules.of(self.items, diversity=diversity, caps=caps, unique=unique_titles)
-        pool = rules.pool(k, len(self.items))
+        # What rank scores anyway is there to choose from.
+        pool = max(rules.pool(k), self.config.candidates if method == "rank" else 0)
         nobody = np.zeros(0, dtype=np.int32)
         rows: list[tuple[str | None, int, float, int, str]] = []
         for start in range(0, len(names), batch):
             part = histories[start : start + batch]
             seen = [nobody if include_seen else h.item for h in part]
-            if text is not None:
-                found = [
-                    self.answer_wish(text, h, s, pool, allowed, text_weight) for h, s in zip(part, seen, strict=True)
-                ]
-            else:
-                found = self.answer(part, seen, pool, method, allowed, calibration)
-            for name, answer in zip(names[start : start + batch], found, strict=True):
-                items = [item for item, _, _ in answer]
-                places = rules.choose(items, self.scaling.apply(self.vectors[items]) if diversity else None, k)
-                chosen = [answer[place] for place in places]
+
+            def ask(
+                some: Sequence[int], n: int, how: Method, part: list[Behaviour] = part, seen: list[Items] = seen
+            ) -> list[Answer]:
+                mine, gone = [part[i] for i in some], [seen[i] for i in some]
+                if text is None:
+                    return self.answer(mine, gone, n, how, allowed, calibration)
+                return [self.answer_wish(text, h, s, n, allowed, text_weight) for h, s in zip(mine, gone, strict=True)]
+
+            found = ask(range(len(part)), pool, method)
+            for i, name in enumerate(names[start : start + batch]):
+                answer, asked = found[i], pool
+                chosen = self._choose(answer, rules, k)
+                while len(chosen) < k and len(answer) >= asked:  # the rules took too many, and there are more
+                    asked *= 2
+                    # Behind what the LLM ranked comes the encoder's order: the LLM need not be asked again.
+                    (more,) = ask([i], asked, "retrieve" if method == "rank" else method)
+                    known = {item for item, _, _ in answer}
+                    answer = answer + [one for one in more if one[0] not in known]
+                    chosen = self._choose(answer, rules, k)
                 rows += [(name, item, score, rank, stage) for rank, (item, score, stage) in enumerate(chosen, 1)]
         at = [row[1] for row in rows]
         return pl.DataFrame(
@@ -250,6 +261,12 @@ class Recommender(Served):
                 schema.STAGE: pl.Series([r[4] for r in rows], dtype=pl.String),
             }
         )
+
+    def _choose(self, answer: Answer, rules: Rules, k: int) -> Answer:
+        """The k of an answer that the rules leave, in their order."""
+        items = [item for item, _, _ in answer]
+        vectors = self.scaling.apply(self.vectors[items]) if rules.diversity else None
+        return [answer[place] for place in rules.choose(items, vectors, k)]
 
     def interests(
         self, user: str | None = None, n: int = 5, *, history: Sequence[str] | None = None

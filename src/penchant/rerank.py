@@ -50,14 +50,9 @@ class Rules:
         title = items[TITLE].str.to_lowercase().str.strip_chars().rank("dense").to_numpy() if unique else None
         return cls(diversity, labels, None if title is None else title.astype(np.int64))
 
-    def pool(self, k: int, n_items: int) -> int:
-        """How many candidates a list of k should be chosen from: k where nothing can be left out."""
-        if self.diversity or self.labels:
-            return min(n_items, max(100, 10 * k))
-        if self.title is None:
-            return k
-        twice = len(self.title) - len(np.unique(self.title))
-        return min(n_items, k + min(twice, 100 + 10 * k))
+    def pool(self, k: int) -> int:
+        """How many candidates a list of k should be chosen from at first: for variety, many more than k."""
+        return max(100, 10 * k) if self.diversity else k
 
     def choose(self, items: Sequence[int], vectors: NDArray[np.float32] | None, k: int) -> list[int]:
         """Places of the k chosen of ``items`` (best first), in their new order; fewer where the rules leave fewer.
