@@ -59,7 +59,7 @@ class Served(Fitted):
         self.items = self.split.dataset.items
         self.item_index = dict(self.split.log.item_index)
         self.reading, texts = reading_of(self.split, self.columns)
-        self._word_rows = {text: row for row, text in enumerate(texts)}
+        self.word_rows = {text: row for row, text in enumerate(texts)}
         self.removed = np.zeros(n_items, dtype=bool)  # of all items served
         self._events = LiveEvents(dict(self.split.dataset.interactions.schema))
         self._behaviours: dict[str, Behaviour] = {}  # of users with events since the fit
@@ -330,7 +330,7 @@ class Served(Fitted):
         if not taken:
             return
         texts = [event[name] for event in taken for name in self.columns.words if event.get(name)]
-        new = [text for text in dict.fromkeys(texts) if text.strip() and text not in self._word_rows]
+        new = [text for text in dict.fromkeys(texts) if text.strip() and text not in self.word_rows]
         record: dict[str, Any] = {"user": user_id, "events": taken}
         if new and self.words is not None:
             layer = self.config.layer if self.config.layer is not None else -1
@@ -396,7 +396,7 @@ class Served(Fitted):
         user = record["user"]
         if "words" in record:
             first = self.encoder.add_words(unpacked(record["words"]["vectors"]))
-            self._word_rows |= {text: first + i for i, text in enumerate(record["words"]["texts"])}
+            self.word_rows |= {text: first + i for i, text in enumerate(record["words"]["texts"])}
         self._events.add(user, record["events"])
         base = self.split.dataset.interactions
         at = self.log.user_index.get(user)
@@ -404,7 +404,7 @@ class Served(Fitted):
         events = self._events.of(user, base[part])
         words = None
         if self.columns.words:
-            rows = [[self._word_rows.get(text or "", -1) for text in column] for column in self.columns.texts(events)]
+            rows = [[self.word_rows.get(text or "", -1) for text in column] for column in self.columns.texts(events)]
             words = np.array(rows, dtype=np.int32).T
         item = np.array([self.item_index[i] for i in events[schema.ITEM]], dtype=np.int32)
         self._behaviours[user] = Behaviour(item, self.columns.codes(events), words)

@@ -365,6 +365,25 @@ def test_interactions_out_of_order_are_refused(model: Recommender) -> None:
         check_run(model)
 
 
+@pytest.mark.parametrize("what", ["codes", "words"])
+def test_a_reading_that_holds_the_target_is_refused(what: str) -> None:
+    interactions, items = toy_frames()
+    n = len(interactions)
+    more = interactions.with_columns(
+        pl.Series("event_type", [["view", "buy"][i * i % 3 % 2] for i in range(n)]),
+        pl.Series("review", [f"opinion {i % 5}" for i in range(n)]),
+    )
+    encoder = EncoderConfig(dim=8, blocks=1, epochs=1, batch_rows=8, inputs=("event_type", "gap", "review"))
+    config = FitConfig(encoder=encoder, candidates=5, validation_users=3)
+    model = Recommender.fit(leave_last_out(Dataset.read(more, items)), FakeEngine(), config)
+    check_run(model)
+    # Each event read with what belongs to the one after it: the newest of a history knows the target.
+    shifted = np.roll(getattr(model.reading, what), -1, axis=0)
+    model.reading = dataclasses.replace(model.reading, **{what: shifted})
+    with pytest.raises(DataError, match=f"the {what} that the encoder reads"):
+        check_run(model)
+
+
 def test_a_prompt_that_renders_its_answer_is_refused(model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {tuple(model.split.test.history(i).tolist()): int(model.split.test.item[i]) for i in range(5)}
     ranker = type(model.ranker)

@@ -31,6 +31,8 @@ Part = Literal["train", "valid", "test"]
 Ints = NDArray[np.int64]
 
 _NONE: Ints = np.zeros(0, dtype=np.int64)
+# Targets of a part whose encoder inputs are made again from the events before them.
+_INPUTS = 200
 # Events of histories looked at together: 4M positions are 32 MB.
 _BLOCK = 4_000_000
 _REMEDY = "this is a leak: no number of this run means anything; build the row from the events before its target"
@@ -272,6 +274,7 @@ def check_run(model: Recommender, *, texts: int = 0, seed: int = 0) -> LeakCheck
     parts: tuple[tuple[Part, Targets], ...] = (("valid", split.valid), ("test", split.test))
     for part, targets in parts:
         found += _check_prompts(split, own, targets, part)
+        _check_inputs(model, own, targets.sample(_INPUTS, seed), part)
         if texts:
             found += _check_rendered(model, targets.sample(texts, seed))
     return found
@@ -327,6 +330,27 @@ def _check_prompts(split: Split, own: _Own, targets: Targets, part: Part) -> Lea
                     f"a {part} history is not the events before its target", where="leak check", remedy=_REMEDY
                 )
     return found
+
+
+def _check_inputs(model: Recommender, own: _Own, targets: Targets, part: Part) -> None:
+    """What the encoder reads of events beside their items (types, gaps, ratings, words) is made of the past alone."""
+    events, columns = model.split.dataset.interactions, model.columns
+    if not columns.columns:
+        return
+    for position, read in zip(targets.position.tolist(), model.reading.before(targets.position), strict=True):
+        past = events[int(np.searchsorted(own.user, own.user[position])) : position]
+        codes = columns.codes(past)
+        said = [[model.word_rows.get(text or "", -1) for text in column] for column in columns.texts(past)]
+        words = np.array(said, dtype=np.int32).T if said else None
+        for name, theirs, ours in (("codes", read.codes, codes), ("words", read.words, words)):
+            if not (theirs is None and ours is None) and not np.array_equal(
+                np.asarray(theirs).reshape(-1), np.asarray(ours).reshape(-1)
+            ):
+                raise DataError(
+                    f"the {name} that the encoder reads before a {part} target are not of the events before it",
+                    where=f"leak check, user {model.log.user_ids[own.user[position]]}",
+                    remedy=_REMEDY,
+                )
 
 
 def _check_rendered(model: Recommender, targets: Targets) -> LeakCheck:
