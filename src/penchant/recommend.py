@@ -222,8 +222,6 @@ class Recommender(Served):
         names, histories = self._who(users, history, history_titles, wished=text is not None)
         allowed = item_mask(self.items, self.item_index, allow=allow, deny=deny, where=where)
         rules = Rules.of(self.items, diversity=diversity, caps=caps, unique=unique_titles)
-        # What rank scores anyway is there to choose from.
-        pool = max(rules.pool(k), self.config.candidates if method == "rank" else 0)
         nobody = np.zeros(0, dtype=np.int32)
         rows: list[tuple[str | None, int, float, int, str]] = []
         for start in range(0, len(names), batch):
@@ -238,17 +236,8 @@ class Recommender(Served):
                     return self.answer(mine, gone, n, how, allowed, calibration)
                 return [self.answer_wish(text, h, s, n, allowed, text_weight) for h, s in zip(mine, gone, strict=True)]
 
-            found = ask(range(len(part)), pool, method)
-            for i, name in enumerate(names[start : start + batch]):
-                answer, asked = found[i], pool
-                chosen = self._choose(answer, rules, k)
-                while len(chosen) < k and len(answer) >= asked:  # the rules took too many, and there are more
-                    asked *= 2
-                    # Behind what the LLM ranked comes the encoder's order: the LLM need not be asked again.
-                    (more,) = ask([i], asked, "retrieve" if method == "rank" else method)
-                    known = {item for item, _, _ in answer}
-                    answer = answer + [one for one in more if one[0] not in known]
-                    chosen = self._choose(answer, rules, k)
+            found = self.fill(ask, len(part), k, method, rules)
+            for name, chosen in zip(names[start : start + batch], found, strict=True):
                 rows += [(name, item, score, rank, stage) for rank, (item, score, stage) in enumerate(chosen, 1)]
         at = [row[1] for row in rows]
         return pl.DataFrame(
@@ -261,6 +250,33 @@ class Recommender(Served):
                 schema.STAGE: pl.Series([r[4] for r in rows], dtype=pl.String),
             }
         )
+
+    def fill(
+        self,
+        ask: Callable[[Sequence[int], int, Method], list[Answer]],
+        n: int,
+        k: int,
+        method: Method,
+        rules: Rules,
+    ) -> list[Answer]:
+        """Lists of k as the rules want them, for n histories: ``ask(places, size, method)`` gives answers of that size
+        to those of them at ``places``.
+        """
+        # What rank scores anyway is there to choose from.
+        pool = max(rules.pool(k), self.config.candidates if method == "rank" else 0)
+        out = []
+        for i, first in enumerate(ask(range(n), pool, method)):
+            answer, asked = first, pool
+            chosen = self._choose(answer, rules, k)
+            while len(chosen) < k and len(answer) >= asked:  # the rules took too many, and there are more
+                asked *= 2
+                # Behind what the LLM ranked comes the encoder's order: the LLM need not be asked again.
+                (more,) = ask([i], asked, "retrieve" if method == "rank" else method)
+                known = {item for item, _, _ in answer}
+                answer = answer + [one for one in more if one[0] not in known]
+                chosen = self._choose(answer, rules, k)
+            out.append(chosen)
+        return out
 
     def _choose(self, answer: Answer, rules: Rules, k: int) -> Answer:
         """The k of an answer that the rules leave, in their order."""

@@ -19,7 +19,7 @@ from penchant.filters import item_mask, parse_condition
 from penchant.interest.behaviour import Behaviour
 from penchant.recommend import Recommender
 from penchant.rerank import Rules
-from penchant.serving import Told
+from penchant.serving import Answer, Method, Told
 
 ROW, INTEREST, LLM, FUSED, VECTOR, MODEL = "row", "interest", "llm", "fused", "vector", "model"
 _KIND: dict[str, Any] = {
@@ -75,7 +75,6 @@ class Answerer:
         self._rules = Rules.of(
             model.items, diversity=options.diversity, caps=options.caps, unique=options.unique_titles
         )
-        self._pool = self._rules.pool(options.k, len(model.items))
         self._names: list[str] = model.items[schema.ITEM].to_list()
         jobs: dict[str, tuple[Callable[[Prepared, Sequence[int]], list[list[Line]]], list[str]]] = {
             "recommend": (
@@ -145,12 +144,15 @@ class Answerer:
         nobody = np.zeros(0, dtype=np.int32)
         seen = [nobody if options.include_seen else history.item for history in histories]
         told: dict[int, Told] = {}
-        answers = model.answer(histories, seen, self._pool, options.method, self._allowed, options.calibration, told)
+
+        def ask(some: Sequence[int], size: int, method: Method) -> list[Answer]:
+            # All of them come first, in order; one alone is asked again for more items, without the LLM.
+            listen = told if len(some) == len(histories) and not told else None
+            mine, gone = [histories[i] for i in some], [seen[i] for i in some]
+            return model.answer(mine, gone, size, method, self._allowed, options.calibration, listen)
+
         out = []
-        for i, answer in enumerate(answers):
-            items = [item for item, _, _ in answer]
-            vectors = model.scaling.apply(model.vectors[items]) if options.diversity else None
-            chosen = [answer[place] for place in self._rules.choose(items, vectors, options.k)]
+        for i, chosen in enumerate(model.fill(ask, len(histories), options.k, options.method, self._rules)):
             said = told.get(i, {})
             self._count(prepared.tokens[places[i]], list(said))
             out.append([self._line(rank, *one, said.get(one[0])) for rank, one in enumerate(chosen, 1)])
