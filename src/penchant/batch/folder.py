@@ -95,6 +95,8 @@ class JobFolder:
         runs = self.runs()
         for debris in self.path.glob(".run-*"):
             shutil.rmtree(debris, ignore_errors=True)
+        for debris in self.path.glob(f"run-*/.{SUMMARY}.*"):
+            debris.unlink()
         if runs:
             manifest = read_manifest(runs[-1])
             if manifest["identity"] == identity:

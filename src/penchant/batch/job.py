@@ -154,6 +154,7 @@ def run(
                 from penchant.batch.ray import run_ray
 
                 run_ray(job, path, shards, todo, workers=workers, gpus=worker_gpus, done=done, stopped=stopping.is_set)
+                shards.sweep(todo)  # a worker that died left its temporary files; none is alive any more
             elif todo and not stopping.is_set():
                 worker = Worker.of_run(path, manifest, job.model, job.options)
                 run_local(

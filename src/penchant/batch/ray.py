@@ -6,12 +6,13 @@ are whole already are left alone. Run, input and output must lie where every mac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ def run_ray(
     variables = dict.fromkeys(_THREADS, blas_threads())
     size = max(1, min(_SHARDS, len(todo) // (workers * _GROUPS)))
     groups = [{"shards": json.dumps(todo[start : start + size])} for start in range(0, len(todo), size)]
-    with _cluster(workers), _watching(stop, stopped):
+    # What Ray has to say goes to stderr: stdout is for the answer.
+    with contextlib.redirect_stdout(sys.stderr), _cluster(workers), _watching(stop, stopped):
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         results = ray.data.from_items(groups, override_num_blocks=len(groups)).map_batches(
@@ -133,7 +135,7 @@ class ShardActor:
         return {"records": np.array([json.dumps([records[shard] for shard in sorted(records)])])}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _cluster(workers: int) -> Iterator[None]:
     """The cluster that is there (RAY_ADDRESS, or begun by the caller), or one on this machine while the job runs."""
     import ray
@@ -152,7 +154,7 @@ def _cluster(workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _watching(stop: Path, stopped: Callable[[], bool]) -> Iterator[None]:
     """Tell the actors, by the file ``stop``, once ``stopped`` says so."""
     over = threading.Event()
