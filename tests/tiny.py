@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 Kind = Literal["byte", "sentencepiece"]
 
@@ -133,3 +134,17 @@ def save_model(
     model.save_pretrained(folder)
     made.save_pretrained(folder)
     return folder
+
+
+def save_adapter(base: Path, out: Path, *, seed: int = 0, spread: float = 0.5, **config: Any) -> Path:
+    """A random LoRA adapter of ``base`` that changes what it says, as peft saves it; ``config`` is LoraConfig's."""
+    config = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | config
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=spread)
+    model.save_pretrained(out)
+    return out

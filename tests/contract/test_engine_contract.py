@@ -1,9 +1,9 @@
-"""What every engine must do, run on the fake one and on transformers with both kinds of tokenizer."""
+"""What every engine must do, run on the fake one, on transformers with both kinds of tokenizer, and on vLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -24,12 +24,21 @@ PROMPTS: list[Prompt | str] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["fake", "byte", "sentencepiece"])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+NAMES = ["fake", "byte", "sentencepiece", *(["vllm"] if find_spec("vllm") else [])]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     if request.param == "fake":
-        return FakeEngine()
-    folder: Path = tiny.save_model(tmp_path_factory.mktemp("contract"), request.param, seed=3)
-    return load_engine(folder, dtype="float32", device="cpu")
+        yield FakeEngine()
+    elif request.param == "vllm":
+        folder = tiny.save_model(tmp_path_factory.mktemp("contract"), "byte", seed=3, head=32, spread=0.2)
+        served = load_engine(folder, dtype="float32", backend="vllm", options={"kv_cache_gib": 0.25})
+        yield served
+        served.close()
+    else:
+        folder = tiny.save_model(tmp_path_factory.mktemp("contract"), request.param, seed=3)
+        yield load_engine(folder, dtype="float32", device="cpu")
 
 
 @pytest.fixture
@@ -105,10 +114,11 @@ def test_generate_honours_each_prompts_filter(engine: Engine, items: list[tuple[
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_embeddings_do_not_depend_on_company(engine: Engine, pooling: str) -> None:
-    together = engine.embed(PROMPTS, pooling=pooling, layer=1)  # type: ignore[arg-type]
+    layer = -1 if type(engine).__name__ == "VllmEngine" else 1  # vLLM has the last layer only
+    together = engine.embed(PROMPTS, pooling=pooling, layer=layer)  # type: ignore[arg-type]
     assert together.dtype == np.float32
     for row, prompt in zip(together, PROMPTS, strict=True):
-        np.testing.assert_allclose(engine.embed([prompt], pooling=pooling, layer=1)[0], row, atol=1e-4)  # type: ignore[arg-type]
+        np.testing.assert_allclose(engine.embed([prompt], pooling=pooling, layer=layer)[0], row, atol=1e-4)  # type: ignore[arg-type]
     assert engine.embed([], pooling=pooling).shape[0] == 0  # type: ignore[arg-type]
 
 

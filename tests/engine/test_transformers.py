@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from tests import tiny
 from tests.conftest import SHARED_DATA
 from transformers import (
@@ -282,17 +281,7 @@ def test_where_packing_is_wrong_it_falls_back_saying_so(byte_folder: Path, monke
 
 def adapter(folder: Path, out: Path, *, empty: bool) -> Path:
     """A LoRA adapter as peft saves it; fresh ones have B = 0 and change nothing."""
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-    )
-    if not empty:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.5)
-    model.save_pretrained(out)
-    return out
+    return tiny.save_adapter(folder, out, spread=0.0 if empty else 0.5)
 
 
 def test_an_adapter_changes_scores_as_peft_would(

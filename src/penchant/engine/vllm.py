@@ -52,8 +52,8 @@ class VllmEngine:
     are those of VllmOptions. ``counts`` says what was asked and how much of it was cached.
 
     An adapter given to ``load_engine`` is merged into the weights: every verb is right and as fast as without. To serve
-    several on one base, load the base with ``max_lora_rank`` and call ``with_adapter``: LoRA requests, for which vLLM's
-    prompt log-probabilities fail, so scoring asks for one token at a time and is slower.
+    several on one base, load the base with ``max_lora_rank`` and call ``with_adapter``: LoRA requests. vLLM dies of
+    prompt log-probabilities beside them, so such an engine asks for one token at a time and is slower to score.
 
     float32 equals the transformers engine within 1e-3 nats; in 16 bits another batch moves a title by tenths of a nat
     in either engine.
@@ -82,10 +82,11 @@ class VllmEngine:
         self._n_layers = n_layers
         self._hidden_size = hidden_size
         self._lora: Lora | None = None
-        self._deep = True  # whether prompt log-probabilities are right
+        self._deep = options.max_lora_rank == 0  # whether prompt log-probabilities are to be had
         self._runners = _Runners(folder, dtype, device, options, self.counts)
         self.context_length = self._runners.generating().max_model_len
-        self._self_test()
+        if self._deep:
+            self._self_test()
 
     @property
     def n_layers(self) -> int:
@@ -118,7 +119,6 @@ class VllmEngine:
         engine.fingerprint = f"{base}+{fingerprint_of(folder)}:{dtype}"
         engine.source = None if self.source is None else self.source | {"adapter": str(adapter)}
         engine._lora = self._runners.lora(folder)
-        engine._deep = False
         return engine
 
     # -- score ---------------------------------------------------------------------------------

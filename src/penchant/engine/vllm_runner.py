@@ -224,6 +224,10 @@ def _arguments(folder: Path, dtype: str, options: VllmOptions, pooling: Pooling 
         }
     if pooling is not None:
         given |= {"runner": "pooling", "convert": "embed", "pooler_config": {"seq_pooling_type": pooling.upper()}}
+    if pooling == "mean":
+        # It needs all of a text in one step, and the engine dies of a text of which it gets a part.
+        given |= {"enable_prefix_caching": False, "enable_chunked_prefill": False}
+        given.pop("max_num_batched_tokens", None)
     return given
 
 
