@@ -60,7 +60,7 @@ def _plain(name: str) -> str:
 def _cell(own: dict[str, Any], spread: dict[str, Any] | None) -> str:
     several = spread is not None and spread["sd"] is not None
     mean = spread["mean"] if several and spread is not None else own["mean"]
-    deviation = f" ± {_number(spread['sd'])}" if several and spread is not None and spread["sd"] > 0 else ""
+    deviation = f" ± {_number(spread['sd'])}" if several and spread is not None and spread["sd"] > 1e-9 else ""
     return f"{_number(mean)}{deviation} [{_number(own['low'])}, {_number(own['high'])}]"
 
 
