@@ -18,6 +18,8 @@ _PACKAGES = (
     "numpy",
     "scipy",
     "polars",
+    "pyarrow",
+    "ray",
     "bm25s",
     "faiss-cpu",
     "implicit",

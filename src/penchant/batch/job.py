@@ -178,7 +178,6 @@ def _make(stage: Path, job: Asked) -> dict[str, Any]:
         "rows": job.source.rows,
         "shard_rows": job.options.rows,
         "threads": threads(),
-        "input": job.url,
         "files": save_fixed(stage, job.model, job.options, repeated),
     }
 

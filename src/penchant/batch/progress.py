@@ -124,6 +124,8 @@ def status(out: Path | str) -> dict[str, Any]:
     folder = JobFolder(out)
     runs = folder.runs()
     if not runs:
+        if held(out):
+            raise StorageError("is being set up", where=str(out), remedy="ask again when the input has been read")
         raise StorageError("holds no job", where=str(out), remedy="give the folder of `penchant batch ... --out`")
     run = runs[-1]
     manifest = read_manifest(run)

@@ -52,7 +52,8 @@ class Preparer:
         self._options = options
         self._duplicates = duplicates
         likely = model.config.question == "likelihood" and (model.fusion.weight > 0 or options.job == "score")
-        self._prompts = options.asks_llm and (options.method == "generate" or likely)
+        prompts = options.asks_llm and (options.method == "generate" or likely)
+        self._ranker = model.ranker if prompts else None
         self._catalogue = pl.DataFrame(
             {HISTORY: list(model.item_index), "index": np.fromiter(model.item_index.values(), dtype=np.int32)},
             schema_overrides={HISTORY: pl.String},
@@ -138,9 +139,9 @@ class Preparer:
             n = len(history)
             read = min(n, config.max_history if self._options.asks_llm else config.encoder.max_length)
             tokens, dropped = 0, max(0, n - config.encoder.max_length)
-            if self._prompts:
+            if self._ranker is not None:
                 try:
-                    prompt = self._model.ranker.prompt(history.item)
+                    prompt = self._ranker.prompt(history.item)
                     tokens, dropped = prompt.n_tokens or 0, max(dropped, prompt.dropped)
                 except DataError:
                     tokens = 0  # the engine says the same of this row when it is asked, and it is quarantined there

@@ -1,0 +1,288 @@
+"""Offline scoring against the bare model calls: memory, overhead, the LLM's rate, and two Ray workers against one.
+
+    OMP_NUM_THREADS=1 python eval/speed/batch.py --out eval/results/speed-batch.json
+    python eval/speed/batch.py --only retrieve --users 20000 --small-users 5000 --items 2000 --out /tmp/quick.json
+
+Rows:
+  retrieve  synthetic users (histories of 5 to 50 items) against synthetic items: peak memory of the whole process for
+            --users and for --small-users, and the seconds against a loop of ``model.retrieve`` over histories that
+            are in memory already (--small-users of them, by the user)
+  llm       MovieLens-100K's users with 20 candidates, SmolLM2-135M: the job's seconds, opening and checking included,
+            against a loop of ``engine.score`` over prompts and candidates made before; the items' likelihood without
+            history, which a job scores once for the whole catalogue, is a number of its own
+  ray       the same LLM by Ray with one worker and with two, each with one thread: users a second from the first shard
+            that was done to the last, so that loading the model isn't in it
+Each side has a process of its own; retrieve takes its sides in turn, --rounds times, and the smallest time counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import typer
+
+from penchant.batch import run as batch
+from penchant.data.dataset import Dataset
+from penchant.data.split import leave_last_out
+from penchant.engine.loading import load_engine
+from penchant.engine.noise import quiet_libraries
+from penchant.environment import environment
+from penchant.errors import ConfigError
+from penchant.fetch import fetch
+from penchant.files import write_json
+from penchant.interest.config import EncoderConfig
+from penchant.interest.encoder import InterestEncoder
+from penchant.prompt import Templates
+from penchant.rank import Fusion
+from penchant.recommend import Recommender
+from penchant.run_folder import FitConfig
+
+app = typer.Typer(add_completion=False)
+ROWS = ("retrieve", "llm", "ray")
+_WRITTEN = 50_000  # users made at a time
+_BATCH = 256
+
+
+# -- what is measured on ---------------------------------------------------------------------------
+
+
+def synthetic_run(folder: Path, n_items: int) -> None:
+    """A run of that many items whose encoder is as it was initialised: as fast as a trained one."""
+    rng = np.random.default_rng(0)
+    titles = pl.DataFrame({"item_id": [str(i) for i in range(n_items)], "title": [f"Item {i}" for i in range(n_items)]})
+    events = pl.DataFrame(
+        {
+            "user_id": np.repeat([f"known{i}" for i in range(200)], 10),
+            "item_id": rng.integers(n_items, size=2000).astype(str),
+            "timestamp": np.arange(2000) + 1_000_000,
+        }
+    )
+    split = leave_last_out(Dataset.read(events, titles))
+    config = FitConfig(encoder=EncoderConfig(use_text=False), layer=0)
+    torch.manual_seed(0)
+    templates = Templates()
+    texts = templates.item_texts(split.dataset.items.to_dict(as_series=False), split.log.item_ids).texts
+    vectors = rng.standard_normal((n_items, 8), dtype=np.float32)
+    encoder = InterestEncoder(config.encoder, n_items, None).eval()
+    Recommender(split, config, templates, texts, vectors, encoder, None, "none").save(folder)
+
+
+def synthetic_users(path: Path, n: int, n_items: int) -> None:
+    """Users with histories of their own; written in pieces, so that making them takes no memory either."""
+    rng = np.random.default_rng(1)
+    kind = pa.schema([("user_id", pa.string()), ("history", pa.list_(pa.string()))])
+    with pq.ParquetWriter(path, kind) as writer:
+        for start in range(0, n, _WRITTEN):
+            stop = min(start + _WRITTEN, n)
+            lengths = rng.integers(5, 51, size=stop - start)
+            ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            items = pa.array(rng.integers(n_items, size=int(ends[-1]))).cast(pa.string())
+            histories = pa.ListArray.from_arrays(ends, items)
+            users = pa.array([f"user{i}" for i in range(start, stop)])
+            writer.write_table(pa.table([users, histories], schema=kind))
+
+
+def film_run(folder: Path) -> None:
+    """MovieLens-100K with a short fit; the LLM's say is set, so that it is asked whatever validation would choose."""
+    source = fetch("movielens-100k")
+    dataset = Dataset.read(source / "interactions.csv", source / "items.csv")
+    config = FitConfig(encoder=EncoderConfig(epochs=3), validation_users=5)
+    model = Recommender.fit(leave_last_out(dataset), load_engine("smollm2-135m"), config)
+    model.fusion = Fusion(0.3, 1.0)
+    model.save(folder)
+
+
+# -- one side each, in a process of its own --------------------------------------------------------
+
+
+@app.command(hidden=True)
+def job(run: Path, users: str, out: Path, method: str, shard_rows: int) -> None:
+    """A whole job; users "all": those of the run."""
+    model = Recommender.load(run)
+    if method == "rank":
+        model.engine.score(["warm"], [["up"]])
+    begun = time.perf_counter()
+    summary = batch(model, out, None if users == "all" else users, method=method, shard_rows=shard_rows or None)
+    tell(seconds=time.perf_counter() - begun, **summary)
+
+
+@app.command(hidden=True)
+def bare(run: Path, users: Path, k: int) -> None:
+    """The model's own retrieval over histories in memory, in the order of the input."""
+    model = Recommender.load(run)
+    histories = [
+        np.array([model.item_index[item] for item in row], dtype=np.int32)
+        for row in pl.read_parquet(users)["history"].to_list()
+    ]
+    model.retrieve(histories[:_BATCH], k)
+    begun = time.perf_counter()
+    for start in range(0, len(histories), _BATCH):
+        model.retrieve(histories[start : start + _BATCH], k)
+    tell(seconds=time.perf_counter() - begun, users=len(histories))
+
+
+@app.command(hidden=True)
+def loop(run: Path, users: int) -> None:
+    """The engine's own scoring of prompts and candidates made before; and the likelihood without history."""
+    model = Recommender.load(run)
+    histories = [model.behaviour(name) for name in model.log.user_ids[:users]]
+    items, _ = model.retrieve(histories, model.config.candidates)
+    prompts = [model.ranker.prompt(history.item).prompt for history in histories]
+    tokens = [model.ranker.tokens(row) for row in items]
+    model.engine.score(prompts[:4], tokens[:4])
+    begun = time.perf_counter()
+    for start in range(0, len(prompts), _BATCH):
+        model.engine.score(prompts[start : start + _BATCH], tokens[start : start + _BATCH])
+    seconds = time.perf_counter() - begun
+    begun = time.perf_counter()
+    model.ranker.priors(np.arange(len(model.texts)))
+    tell(seconds=seconds, users=len(prompts), prior_seconds=time.perf_counter() - begun)
+
+
+@app.command(hidden=True)
+def ray(run: Path, users: Path, out: Path, workers: int, shard_rows: int) -> None:
+    """A job by Ray; users a second between the first and the last shard done."""
+    done: list[tuple[float, int]] = []
+    begun = time.perf_counter()
+    batch(
+        run,
+        out,
+        users,
+        runner="ray",
+        workers=workers,
+        shard_rows=shard_rows,
+        n_threads=1,
+        tell=lambda numbers: done.append((time.perf_counter(), numbers["users_done"])),
+    )
+    seconds = time.perf_counter() - begun
+    (first, before), (last, all_of_them) = done[0], done[-1]
+    tell(seconds=seconds, users=all_of_them, users_per_s=(all_of_them - before) / (last - first))
+
+
+def tell(**numbers: Any) -> None:
+    """One line for the process that asked, with this one's peak memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({**numbers, "peak_mib": round(peak, 1)}))
+
+
+def side(*arguments: object) -> dict[str, Any]:
+    """Run one of the above and hear what it tells."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ)
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+# -- the rows --------------------------------------------------------------------------------------
+
+
+def retrieve_row(work: Path, users: int, small: int, items: int, rounds: int) -> dict[str, Any]:
+    synthetic_run(work / "run", items)
+    for name, n in (("large", users), ("small", small)):
+        synthetic_users(work / f"{name}.parquet", n, items)
+    least: dict[str, dict[str, Any]] = {}
+    for round_ in range(rounds):
+        for name in ("small", "large"):
+            out = work / f"{name}-{round_}"
+            found = side("job", work / "run", work / f"{name}.parquet", out, "retrieve", 0)
+            least[name] = min(least.get(name, found), found, key=lambda one: one["seconds"])
+        found = side("bare", work / "run", work / "small.parquet", 10)
+        least["bare"] = min(least.get("bare", found), found, key=lambda one: one["seconds"])
+    each = least["bare"]["seconds"] / small
+    return {
+        "users": users,
+        "small_users": small,
+        "items": items,
+        "job_seconds": round(least["large"]["seconds"], 2),
+        "small_job_seconds": round(least["small"]["seconds"], 2),
+        "bare_seconds_small": round(least["bare"]["seconds"], 2),
+        "users_per_s": round(users / least["large"]["seconds"], 1),
+        "overhead": round(least["large"]["seconds"] / (each * users) - 1, 4),
+        "small_overhead": round(least["small"]["seconds"] / least["bare"]["seconds"] - 1, 4),
+        "peak_mib": least["large"]["peak_mib"],
+        "small_peak_mib": least["small"]["peak_mib"],
+        "memory_ratio": round(least["large"]["peak_mib"] / least["small"]["peak_mib"], 4),
+    }
+
+
+def llm_row(work: Path, run: Path, users: int) -> dict[str, Any]:
+    names = pl.DataFrame({"user_id": Recommender.load(run).log.user_ids[:users]})
+    names.write_parquet(work / "films.parquet")
+    own = side("loop", run, users)
+    made = side("job", run, work / "films.parquet", work / "llm", "rank", 0)
+    return {
+        "users": own["users"],
+        "candidates": Recommender.load(run).config.candidates,
+        "job_seconds": round(made["seconds"], 2),
+        "loop_seconds": round(own["seconds"], 2),
+        "prior_seconds": round(own["prior_seconds"], 2),
+        "share_of_engine_rate": round(own["seconds"] / made["seconds"], 4),
+        "share_but_for_the_prior": round(own["seconds"] / (made["seconds"] - own["prior_seconds"]), 4),
+        "cached_share": made["cached_share"],
+        "peak_mib": made["peak_mib"],
+    }
+
+
+def ray_row(work: Path, run: Path, users: int, shard_rows: int) -> dict[str, Any]:
+    pl.DataFrame({"user_id": Recommender.load(run).log.user_ids[:users]}).write_parquet(work / "some.parquet")
+    found = {n: side("ray", run, work / "some.parquet", work / f"ray-{n}", n, shard_rows) for n in (1, 2)}
+    return {
+        "users": users,
+        "shard_rows": shard_rows,
+        **{f"users_per_s_{n}": round(one["users_per_s"], 3) for n, one in found.items()},
+        **{f"seconds_{n}": round(one["seconds"], 2) for n, one in found.items()},
+        "times_faster": round(found[2]["users_per_s"] / found[1]["users_per_s"], 3),
+    }
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    only: Annotated[str, typer.Option(help="Rows, separated by commas.")] = ",".join(ROWS),
+    users: Annotated[int, typer.Option(help="Of retrieve.")] = 1_000_000,
+    small_users: Annotated[int, typer.Option(help="Of retrieve, for memory and the bare loop.")] = 100_000,
+    items: Annotated[int, typer.Option(help="Of retrieve.")] = 100_000,
+    rounds: Annotated[int, typer.Option(help="Of retrieve.")] = 1,
+    llm_users: Annotated[int, typer.Option(help="Of llm.")] = 943,
+    ray_users: Annotated[int, typer.Option(help="Of ray.")] = 320,
+    ray_shard_rows: Annotated[int, typer.Option(help="Of ray.")] = 16,
+    run: Annotated[Path | None, typer.Option(help="Of llm and ray: a fitted run; else one is fitted.")] = None,
+) -> None:
+    """Measure the rows and write them, with machine and versions."""
+    quiet_libraries()
+    if context.invoked_subcommand is not None:
+        return
+    asked = only.split(",")
+    if out is None or not set(asked) <= set(ROWS):
+        raise ConfigError("nothing to do", where="batch.py", remedy=f"give --out, and --only of {', '.join(ROWS)}")
+    found: dict[str, Any] = {"environment": environment(), "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        films = run or work / "films"
+        if run is None and {"llm", "ray"} & set(asked):
+            film_run(films)
+        if "retrieve" in asked:
+            found["retrieve"] = retrieve_row(work, users, small_users, items, rounds)
+        if "llm" in asked:
+            found["llm"] = llm_row(work, films, llm_users)
+        if "ray" in asked:
+            found["ray"] = ray_row(work, films, ray_users, ray_shard_rows)
+    write_json(out, found)
+    print(json.dumps({name: found[name] for name in asked}, indent=2))
+
+
+if __name__ == "__main__":
+    app()
