@@ -13,7 +13,12 @@ python=${PYTHON:-python}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$results"
-measure() { timeout "${MINUTES:-3}m" "$python" eval/speed/vllm_engine.py --dtype bfloat16 "$@"; }
+measure() {
+  # The JSON is written after each row: what is done in time stays.
+  local status=0
+  timeout "${MINUTES:-3}m" "$python" eval/speed/vllm_engine.py --dtype bfloat16 "$@" || status=$?
+  if [[ $status == 124 ]]; then echo "stopped after ${MINUTES:-3} minutes: $*" >&2; else return "$status"; fi
+}
 if [[ -n ${CPU:-} ]]; then
   measure --users 2 --sample 1 --only rank,labels --out "$results/speed-vllm-cpu.json"
   exit

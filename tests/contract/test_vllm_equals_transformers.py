@@ -5,6 +5,7 @@ One engine serves most of these tests: a start takes 20 seconds.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -46,7 +47,11 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_model(tmp_path_factory.mktemp("base"), "byte", seed=3, head=32, spread=0.2)
+    """With a generation_config that would cut all tokens but one off, if anybody followed it."""
+    folder = tiny.save_model(tmp_path_factory.mktemp("base"), "byte", seed=3, head=32, spread=0.2)
+    own = {"do_sample": True, "top_k": 1, "temperature": 0.1, "repetition_penalty": 1.9}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,8 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 
 @pytest.fixture(scope="module")
 def pair(base: Path) -> Iterator[Pair]:
-    served = load_engine(base, dtype="float32", backend="vllm", options=SMALL)
+    """With room for 4,000 tokens only: blocks are thrown out of the cache all the time."""
+    served = load_engine(base, dtype="float32", backend="vllm", options={"kv_cache_gib": 0.004})
     yield Pair(served, load_engine(base, dtype="float32", device="cpu"))
     served.close()
 

@@ -56,7 +56,7 @@ class VllmOptions(BaseModel):
         None, gt=0, description="GiB of keys and values for each runner, in place of the share. On a CPU: 2 by default."
     )
     max_model_len: int | None = Field(
-        None, ge=2, description="Tokens of a prompt and its longest item. None: the model's own context."
+        None, ge=64, description="Tokens of a prompt and its longest item. None: the model's own context."
     )
     max_num_seqs: int | None = Field(None, ge=1, description="Requests in one step.")
     max_num_batched_tokens: int | None = Field(None, ge=1, description="Tokens in one step.")

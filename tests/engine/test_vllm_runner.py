@@ -1,0 +1,83 @@
+"""What is read from vLLM's outputs and log, in the shapes of both its model runners; the CPU one is run for real in
+tests/contract."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests import tiny
+
+from penchant.engine import vllm_runner
+from penchant.engine.asking import Ask
+from penchant.engine.loading import load_engine
+from penchant.errors import ModelError
+
+NAN = float("nan")
+
+
+def output(cached: int | None, path_ids: list[int], path: list[float]) -> Any:
+    """As vLLM's flat log-probabilities: of prompt tokens, and of one position with the sampled token first."""
+    last = SimpleNamespace(start_indices=[0], end_indices=[3], token_ids=[99, 7, 8], logprobs=[-0.1, -7.0, -8.0])
+    return SimpleNamespace(
+        num_cached_tokens=cached,
+        prompt_logprobs=SimpleNamespace(token_ids=path_ids, logprobs=path),
+        outputs=[SimpleNamespace(logprobs=last)],
+    )
+
+
+ASK = Ask(ids=[1, 2, 3, 4, 5, 6], tokens=[7, 8], path=3, salt=None, node=0, first=0)  # the path is 4, 5, 6
+
+
+@pytest.mark.parametrize(
+    ("cached", "ids", "values", "path"),
+    [
+        (0, [2, 3, 4, 5, 6], [-2.0, -3.0, -4.0, -5.0, -6.0], [-4.0, -5.0, -6.0]),
+        (2, [17, 0, 4, 5, 6], [NAN, 3e30, -4.0, -5.0, -6.0], [-4.0, -5.0, -6.0]),  # CPU: what lay in memory
+        (2, [4, 5, 6], [-4.0, -5.0, -6.0], [-4.0, -5.0, -6.0]),  # GPU: a shorter list
+        (3, [17, 0, 4, 5, 6], [NAN, 3e30, -9.0, -5.0, -6.0], [-5.0, -6.0]),  # token 4 came out of a cached state
+        (3, [5, 6], [-5.0, -6.0], [-5.0, -6.0]),
+        (5, [2, 3, 4, 5, 6], [-2.0, -3.0, -4.0, -5.0, -6.0], []),
+        (None, [2, 3, 4, 5, 6], [-2.0, -3.0, -4.0, -5.0, -6.0], []),  # it doesn't say: nothing is believed
+        (0, [2, 3, 4, 9, 6], [-2.0, -3.0, -4.0, -5.0, -6.0], []),  # of other tokens
+        (0, [2, 3, 4, 5, 6], [-2.0, -3.0, -4.0, NAN, -6.0], []),
+    ],
+)
+def test_only_what_was_run_is_believed(
+    cached: int | None, ids: list[int], values: list[float], path: list[float]
+) -> None:
+    answer = vllm_runner._answer(ASK, output(cached, ids, values))
+    assert list(answer.tokens) == [-7.0, -8.0]
+    assert list(answer.path) == path
+
+
+def test_answers_of_other_tokens_are_an_error() -> None:
+    with pytest.raises(ModelError, match="of other tokens than asked for"):
+        vllm_runner._answer(Ask([1, 2], [7, 9], 0, None, 0, 0), output(0, [], []))
+
+
+def test_the_first_cause_is_told_and_no_hearsay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text("Traceback\nValueError: of the start before\n")
+    start = log.stat().st_size
+    with log.open("a") as handle:
+        handle.write(
+            "2026 ERROR vllm: WorkerProc hit an exception.\nTraceback (most recent call last):\n  File x\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n"
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n"
+            "RuntimeError: Worker failed with error 'CUDA out of memory'\n"
+            "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.\n"
+        )
+    monkeypatch.setattr(vllm_runner._LOG, "path", log)
+    assert vllm_runner._cause(start) == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert vllm_runner._cause(log.stat().st_size) is None
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm_the_remedy_is_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "0")  # no log is set up for what isn't there
+    with pytest.raises(ModelError, match=r"pip install 'penchant\[vllm\]'"):
+        load_engine(tiny.save_model(tmp_path / "model", "byte"), backend="vllm")
