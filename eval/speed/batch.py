@@ -155,21 +155,11 @@ def loop(run: Path, users: int) -> None:
 @app.command(hidden=True)
 def ray(run: Path, users: Path, out: Path, workers: int, shard_rows: int) -> None:
     """A job by Ray; users a second between the first and the last shard done."""
-    done: list[tuple[float, int]] = []
     begun = time.perf_counter()
-    batch(
-        run,
-        out,
-        users,
-        runner="ray",
-        workers=workers,
-        shard_rows=shard_rows,
-        n_threads=1,
-        tell=lambda numbers: done.append((time.perf_counter(), numbers["users_done"])),
-    )
+    summary = batch(run, out, users, runner="ray", workers=workers, shard_rows=shard_rows, n_threads=1)
     seconds = time.perf_counter() - begun
-    (first, before), (last, all_of_them) = done[0], done[-1]
-    tell(seconds=seconds, users=all_of_them, users_per_s=(all_of_them - before) / (last - first))
+    ended = sorted(path.stat().st_mtime for path in (out / "latest" / "records").iterdir())
+    tell(seconds=seconds, users=summary["rows"], users_per_s=(summary["rows"] - shard_rows) / (ended[-1] - ended[0]))
 
 
 def tell(**numbers: Any) -> None:

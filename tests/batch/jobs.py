@@ -1,6 +1,6 @@
 """Batch jobs in forked processes, each killed or hindered as asked; one JSON line in, one out.
 
-    {"out": ..., "rows": ..., "kill_at": 7, "when": "before"}   SIGKILL at the 7th rename or sync
+    {"out": ..., "rows": ..., "kill_at": 7, "when": "before"}   SIGKILL (or "kill_with") at the 7th rename or sync
     {"out": ..., "rows": ..., "signal": 9, "after": 0.1}        a signal after so many seconds
     {"out": ..., "rows": ..., "fsize": 2000}                    no file may grow over so many bytes
     {"out": ..., "rows": ..., "slow": 0.2}                      the engine takes so many seconds more a call
@@ -33,8 +33,8 @@ from penchant.errors import PenchantError
 from penchant.recommend import Recommender
 
 
-def watched(calls: list[str], kill_at: int | None, when: str) -> None:
-    """Count every rename and sync from here on, and kill this process at one of them."""
+def watched(calls: list[str], kill_at: int | None, when: str, number: int) -> None:
+    """Count every rename and sync from here on, and send this process a signal at one of them."""
 
     def wrap(name: str) -> None:
         real: Callable[..., Any] = getattr(os, name)
@@ -43,10 +43,10 @@ def watched(calls: list[str], kill_at: int | None, when: str) -> None:
             calls.append(name)
             mine = len(calls) == kill_at
             if mine and when == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             found = real(*arguments, **more)
             if mine:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             return found
 
         setattr(os, name, call)
@@ -57,7 +57,7 @@ def watched(calls: list[str], kill_at: int | None, when: str) -> None:
 
 def child(folder: Path, engine: FakeEngine, asked: dict[str, Any], answer: int) -> None:
     calls: list[str] = []
-    watched(calls, asked.pop("kill_at", None), asked.pop("when", "before"))
+    watched(calls, asked.pop("kill_at", None), asked.pop("when", "before"), asked.pop("kill_with", signal.SIGKILL))
     if (limit := asked.pop("fsize", None)) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     if (slow := asked.pop("slow", None)) is not None:
