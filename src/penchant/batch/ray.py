@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -62,6 +63,8 @@ def run_ray(
     with contextlib.redirect_stdout(sys.stderr), _cluster(workers), _watching(stop, stopped):
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        # By Ray's defaults a task whose actor died is tried again on a new one, and an error of the engine's is not.
         results = ray.data.from_items(groups, override_num_blocks=len(groups)).map_batches(
             ShardActor,
             fn_constructor_args=(str(job.path), job.url, str(run.absolute())),
@@ -70,9 +73,6 @@ def run_ray(
             num_cpus=1,
             num_gpus=gpus or None,
             runtime_env={"env_vars": variables},
-            # A task on an actor that died is tried again on a new one; an error of the engine's is not.
-            max_restarts=-1,
-            max_task_retries=-1,
         )
         try:
             for row in results.iter_rows():
