@@ -202,6 +202,8 @@ def _arguments(folder: Path, dtype: str, options: VllmOptions, pooling: Pooling 
     if on_cpu:
         # This process waits while that one works: no core is kept for it.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        # A processor that others keep busy is slow, not dead: a step of 300 seconds has been seen to end an engine.
+        os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "3600")
         kv_cache = kv_cache or _CPU_KV_GIB
         block = block or _CPU_BLOCK
     given |= {
