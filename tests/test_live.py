@@ -154,7 +154,7 @@ def test_new_words_are_embedded_once_and_read(model: Recommender) -> None:
 def test_times_may_be_given_in_several_ways(model: Recommender) -> None:
     moment = datetime(2030, 1, 2, tzinfo=UTC)
     model.update("t", [{"item_id": "5", "timestamp": moment}, {"item_id": "4", "timestamp": 1_000}])
-    model.update("t", [{"item_id": "6", "timestamp": datetime(2030, 1, 3)}])  # noqa: DTZ001
+    model.update("t", [{"item_id": "6", "timestamp": datetime(2030, 1, 3)}])
     model.update("t", pl.DataFrame({"item_id": ["7"], "timestamp": [2_000]}))
     assert events_of(model, "t") == ["4", "7", "5", "6"]
 
