@@ -362,6 +362,13 @@ def test_a_journal_altered_in_its_middle_is_refused(model: Recommender, tmp_path
         Recommender.load(tmp_path / "run")
 
 
+def test_a_journal_that_is_gone_is_missed(model: Recommender, tmp_path: Path) -> None:
+    model.save(tmp_path / "run")
+    (tmp_path / "run" / JOURNAL).unlink()
+    with pytest.raises(StorageError, match="all updates since the fit"):
+        Recommender.load(tmp_path / "run")
+
+
 def test_one_process_at_a_time_updates_a_run(model: Recommender, tmp_path: Path) -> None:
     model.save(tmp_path / "run")
     other = Recommender.load(tmp_path / "run", Asked())

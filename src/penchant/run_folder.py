@@ -186,6 +186,12 @@ def load_run(folder: Path) -> Fitted:
             words=None if words is None else words.vectors,
             n_words=len(columns.words),
         )
+        if not (folder / JOURNAL).is_file():
+            raise StorageError(
+                "is missing, and with it all updates since the fit",
+                where=str(folder / JOURNAL),
+                remedy="put it back from a copy, or make an empty file of that name to go on without them",
+            )
         journal = Journal(folder / JOURNAL)
         live = journal.read()
         notes = ["an update that a crash cut off was left out"] if journal.torn else []
