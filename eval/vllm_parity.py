@@ -3,8 +3,10 @@
     .venv-vllm/bin/python eval/vllm_parity.py --out eval/results/vllm-parity.json
     .venv-vllm/bin/python eval/vllm_parity.py --users 10 --candidates 5 --max-history 5 --out /tmp/parity.json
 
-A run is fitted with transformers, saved, and opened twice: with either engine. Lists are the same where every place
-holds the same item. Two items may change places where their scores are nearer than the engines' (``nearest_scores``).
+A run is fitted with transformers, saved, and opened twice: with either engine. The LLM alone orders the candidates (by
+its likelihood, half of the no-history one taken out), whatever weight validation gave it. Lists are the same where
+every place holds the same item. Two items may change places where their scores are nearer than the engines'
+(``nearest_scores``).
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ from penchant.environment import environment
 from penchant.fetch import fetch
 from penchant.files import write_json
 from penchant.interest.config import EncoderConfig
+from penchant.rank import Fusion
 from penchant.recommend import Recommender
 from penchant.run_folder import FitConfig
+
+FUSION = Fusion(weight=1.0, calibration=0.5)
 
 
 def compared(mine: pl.DataFrame, theirs: pl.DataFrame) -> dict[str, Any]:
@@ -69,7 +74,7 @@ def main(
         "command": "python eval/vllm_parity.py",
         "dtype": dtype,
         "config": config.model_dump(mode="json"),
-        "fusion": model.fusion.to_dict(),
+        "fusion": FUSION.to_dict(),
         "environment": environment(),
     }
     with tempfile.TemporaryDirectory() as name:
@@ -78,6 +83,7 @@ def main(
         found, seconds = [], {}
         for label, engine in (("vllm", fast), ("transformers", plain)):
             opened = Recommender.load(Path(name) / "run", engine=engine)
+            opened.fusion = FUSION
             begun = time.perf_counter()
             found.append(opened.recommend(names, k=min(10, candidates)))
             seconds[label] = round(time.perf_counter() - begun, 1)
