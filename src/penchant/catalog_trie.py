@@ -159,7 +159,11 @@ class CatalogTrie:
 
     def sequence(self, item: int) -> list[int]:
         """The token ids of an item."""
-        node, ids = int(self.item_node[item]), []
+        return self.path(int(self.item_node[item]))
+
+    def path(self, node: int) -> list[int]:
+        """The token ids from the root to a node."""
+        ids = []
         while node > 0:
             ids.append(int(self.token[node]))
             node = int(self.parent[node])

@@ -106,11 +106,8 @@ class Known:
 
     def ask(self, node: int, *, deep: bool) -> list[Ask]:
         """Requests for the node's children, as many at a time as one may name."""
-        path, up = [], node
-        while up > 0:
-            path.append(int(self.trie.token[up]))
-            up = int(self.trie.parent[up])
-        ids = [*self.ids, *path[::-1]]
+        path = self.trie.path(node)
+        ids = [*self.ids, *path]
         tokens = self.trie.token[self.trie.children(node)].tolist()
         return [
             Ask(ids, tokens[i : i + MOST_CHILDREN], len(path) if deep and i == 0 else 0, self._salt, node, i)

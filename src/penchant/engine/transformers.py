@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from penchant.adapter_card import check_vectors
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
-from penchant.engine.search import Beams, BestFirst, Search
+from penchant.engine.common import Work, check_finite, check_pooling, check_search, encoded, paired, searches
+from penchant.engine.search import Search
 from penchant.engine.tree import Branch, TreeRunner, branch_of, tokens_at
-from penchant.errors import ConfigError, DataError, NotFiniteError
+from penchant.errors import ConfigError
 from penchant.tokens import Prompt, TextCodec
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 _PIECE = 128
 # Open nodes a user expands in one forward of a best-first search: more means fewer forwards, and more nodes in vain.
 _WIDTH = 64
-
-_Work = tuple[list[int], CatalogTrie, int]  # prompt ids, its continuations, its place in the answer
 
 
 class TransformersEngine:
@@ -90,20 +89,7 @@ class TransformersEngine:
         progress: Progress | None = None,
     ) -> list[NDArray[np.float64]]:
         """See Engine.score. Cost: each prompt once, and each distinct beginning among its continuations once."""
-        if len(prompts) != len(continuations):
-            raise ConfigError(
-                f"{len(prompts)} prompts but {len(continuations)} lists of continuations",
-                remedy="give one list a prompt",
-            )
-        built: dict[int, CatalogTrie] = {}  # many users scored against one list build its trie once
-        work: list[_Work] = []
-        for i, (prompt, candidates) in enumerate(zip(prompts, continuations, strict=True)):
-            if len(candidates):
-                if id(candidates) not in built:
-                    built[id(candidates)] = CatalogTrie.build([self._tokens(c) for c in candidates])
-                work.append((self._encode(prompt), built[id(candidates)], i))
-        for ids, trie, _ in work:
-            self._check_length(len(ids) + int(trie.depth.max()))
+        work = paired(self.codec, prompts, continuations, self.context_length)
         work.sort(key=lambda w: (len(w[0]), w[1].n_nodes))
         out: list[NDArray[np.float64]] = [np.zeros(0)] * len(prompts)
         for group in self._batches([_width(ids, trie) for ids, trie, _ in work]):
@@ -114,7 +100,7 @@ class TransformersEngine:
                 progress(len(part))
         return out
 
-    def _score_group(self, part: Sequence[_Work]) -> list[NDArray[np.float64]]:
+    def _score_group(self, part: Sequence[Work]) -> list[NDArray[np.float64]]:
         """Scores of each (prompt, trie): one array (n_items,) each."""
         if not self._packed:
             return [
@@ -127,7 +113,7 @@ class TransformersEngine:
             edges = self._tree_edges(part)
         return [trie.path_sums(edge)[trie.item_node] for (_, trie, _), edge in zip(part, edges, strict=True)]
 
-    def _next_token_edges(self, part: Sequence[_Work]) -> list[NDArray[np.float64]]:
+    def _next_token_edges(self, part: Sequence[Work]) -> list[NDArray[np.float64]]:
         """Continuations of one token (labels): the prompts alone are run."""
         states = self._tree.last_hidden([ids for ids, _, _ in part])
         children = [trie.child for _, trie, _ in part]  # of the root: there are no others
@@ -139,7 +125,7 @@ class TransformersEngine:
             edge[child] = values
         return edges
 
-    def _tree_edges(self, part: Sequence[_Work]) -> list[NDArray[np.float64]]:
+    def _tree_edges(self, part: Sequence[Work]) -> list[NDArray[np.float64]]:
         """log p of each trie node given its parent's path: one array (n_nodes,) for each (prompt, trie)."""
         edges = [np.zeros(trie.n_nodes) for _, trie, _ in part]
         prompts = self._tree.prefill([ids for ids, _, _ in part])
@@ -175,7 +161,7 @@ class TransformersEngine:
             prompts.cache.crop(-width)
         return edges
 
-    def _piece(self, part: Sequence[_Work]) -> int:
+    def _piece(self, part: Sequence[Work]) -> int:
         """Nodes a piece: larger ones where few users leave room, and never a forward past max_batch_tokens."""
         room = self.max_batch_tokens // len(part) - max(int(trie.depth.max()) for _, trie, _ in part)
         return max(16, min(2 * _PIECE if len(part) <= 4 else _PIECE, room))
@@ -196,39 +182,31 @@ class TransformersEngine:
         progress: Progress | None = None,
     ) -> list[list[Generation]]:
         """See Engine.generate. Every item returned is one of the trie's, each at most once."""
-        if k < 1:
-            raise ConfigError(f"k is {k}", remedy="ask for at least 1 item")
-        if beams is not None and beams < 1:
-            raise ConfigError(f"beams is {beams}", remedy="use at least 1, or None for the exact search")
-        ids = [self._encode(p) for p in prompts]
-        for prompt in ids:
-            self._check_length(len(prompt) + int(trie.depth.max()))
+        check_search(k, beams)
+        ids = encoded(self.codec, prompts, self.context_length, int(trie.depth.max()))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out: list[list[Generation]] = [[] for _ in ids]
         for group in self._batches([max(len(ids[i]), 8 * (beams or _WIDTH)) for i in order]):
             members = [order[j] for j in group]
             masks = [None if allowed is None else allowed[i] for i in members]
-            searches: list[Search] = [
-                BestFirst(trie, k, mask, bonus, max_expansions) if beams is None else Beams(trie, k, beams, mask, bonus)
-                for mask in masks
-            ]
-            self._search_group([ids[i] for i in members], trie, searches)
-            for i, search in zip(members, searches, strict=True):
+            found = searches(trie, k, masks, bonus, beams, max_expansions)
+            self._search_group([ids[i] for i in members], trie, found)
+            for i, search in zip(members, found, strict=True):
                 out[i] = search.result()
             if progress:
                 progress(len(members))
         return out
 
-    def _search_group(self, prompts: Sequence[list[int]], trie: CatalogTrie, searches: Sequence[Search]) -> None:
+    def _search_group(self, prompts: Sequence[list[int]], trie: CatalogTrie, running: Sequence[Search]) -> None:
         if not self._packed:
-            self._search_plain(prompts, trie, searches)
+            self._search_plain(prompts, trie, running)
             return
         cached = self._tree.prefill(prompts)
         prompt_width = cached.width
         # Cache columns of each expanded node's path, itself included.
         paths: list[dict[int, list[int]]] = [{} for _ in prompts]
         while True:
-            taken = [search.take(_WIDTH) for search in searches]
+            taken = [search.take(_WIDTH) for search in running]
             if not any(taken):
                 return
             start = cached.width
@@ -252,20 +230,16 @@ class TransformersEngine:
             )
             counts = np.bincount(position, minlength=len(everything))
             chunks = iter(np.split(got, np.cumsum(counts)[:-1]))
-            for search, nodes in zip(searches, taken, strict=True):
+            for search, nodes in zip(running, taken, strict=True):
                 for node in nodes:
                     search.feed(node, next(chunks))
 
-    def _search_plain(self, prompts: Sequence[list[int]], trie: CatalogTrie, searches: Sequence[Search]) -> None:
+    def _search_plain(self, prompts: Sequence[list[int]], trie: CatalogTrie, running: Sequence[Search]) -> None:
         """The same search by full forwards, for models whose attention takes no mask of ours."""
-        for prompt, search in zip(prompts, searches, strict=True):
+        for prompt, search in zip(prompts, running, strict=True):
             while nodes := search.take(_WIDTH):
                 for node in nodes:
-                    path, up = [], node
-                    while up > 0:
-                        path.append(int(trie.token[up]))
-                        up = int(trie.parent[up])
-                    states = self._tree.last_hidden([[*prompt, *path[::-1]]])
+                    states = self._tree.last_hidden([[*prompt, *trie.path(node)]])
                     children = trie.token[trie.children(node)]
                     row = self._tree.tensor(np.zeros(len(children), dtype=np.int64))
                     search.feed(node, self._tree.logprobs(states, row, self._tree.tensor(children)))
@@ -282,16 +256,13 @@ class TransformersEngine:
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
         """See Engine.embed. ConfigError also where the adapter was trained to embed at another layer or pooling."""
-        if pooling not in ("mean", "last"):
-            raise ConfigError(f"unknown pooling {pooling!r}", remedy="use 'mean' or 'last'")
+        check_pooling(pooling)
         if not -self.n_layers - 1 <= layer <= self.n_layers:
             raise ConfigError(
                 f"layer {layer} of a model with {self.n_layers}", remedy=f"use 0 to {self.n_layers}, or -1 for the last"
             )
         check_vectors((self.source or {}).get("adapter"), layer % (self.n_layers + 1), pooling)
-        ids = [self._encode(t) for t in texts]
-        for text in ids:
-            self._check_length(len(text))
+        ids = encoded(self.codec, texts, self.context_length)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = np.empty((len(ids), self._hidden_size), dtype=np.float32)
         for group in self._batches([len(ids[i]) for i in order]):
@@ -299,11 +270,7 @@ class TransformersEngine:
             out[members] = self._embed_batch([ids[i] for i in members], pooling, layer)
             if progress:
                 progress(len(members))
-        if not np.isfinite(out).all():
-            bad = int(np.flatnonzero(~np.isfinite(out).all(axis=1))[0])
-            raise NotFiniteError(
-                f"the vector of text {bad} is not finite", where="embed", remedy="load the model with dtype='float32'"
-            )
+        check_finite(out)
         return out
 
     def _embed_batch(self, rows: Sequence[list[int]], pooling: Pooling, layer: int) -> NDArray[np.float32]:
@@ -330,23 +297,6 @@ class TransformersEngine:
 
     # -- small parts ---------------------------------------------------------------------------
 
-    def _encode(self, prompt: Prompt | str) -> list[int]:
-        ids = self.codec.encode(prompt)
-        if not ids:
-            raise DataError("an empty prompt has no token to go on from", remedy="give it some text")
-        return ids
-
-    def _tokens(self, continuation: Continuation) -> Sequence[int]:
-        return self.codec.encode_data(continuation) if isinstance(continuation, str) else continuation
-
-    def _check_length(self, n: int) -> None:
-        if n > self.context_length:
-            raise DataError(
-                f"{n} tokens, {n - self.context_length} over the model's context of {self.context_length}",
-                where="prompt",
-                remedy="keep less history (max_history, prompt_tokens)",
-            )
-
     def _batches(self, sizes: Sequence[int]) -> Iterator[list[int]]:
         """Consecutive indices whose count times largest size stays within max_batch_tokens."""
         group: list[int] = []
@@ -367,7 +317,7 @@ class TransformersEngine:
         Eager attention fed a bool mask was silently wrong by 20 nats, so this is measured at every load.
         """
         tree = self._tree
-        prompt = self._encode("a b c d")
+        (prompt,) = encoded(self.codec, ["a b c d"], self.context_length)
         other = sorted({t % int(tree.head.weight.shape[0]) for t in (5, 17, 29, 60)})
         sequences = [other, other[:2] + other[:1], other[1:], other[:1]]
         ids = torch.tensor([[*prompt, *other]], device=self.device)

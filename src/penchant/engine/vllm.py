@@ -28,11 +28,12 @@ from penchant.catalog_trie import CatalogTrie
 from penchant.engine.adapters import check_request
 from penchant.engine.asking import Ask, Known
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
+from penchant.engine.common import check_finite, check_pooling, check_search, encoded, paired, searches
 from penchant.engine.folders import fingerprint_of, resolve_adapter
-from penchant.engine.search import Beams, BestFirst, Search
+from penchant.engine.search import Search
 from penchant.engine.vllm_options import VllmOptions
 from penchant.engine.vllm_runner import Counts, Lora, Runner
-from penchant.errors import ConfigError, DataError, ModelError
+from penchant.errors import ConfigError, NotFiniteError
 from penchant.tokens import Prompt, TextCodec
 
 if TYPE_CHECKING:
@@ -133,20 +134,7 @@ class VllmEngine:
         progress: Progress | None = None,
     ) -> list[NDArray[np.float64]]:
         """See Engine.score. One request a candidate, or less; a prompt is run once for all of its own."""
-        if len(prompts) != len(continuations):
-            raise ConfigError(
-                f"{len(prompts)} prompts but {len(continuations)} lists of continuations",
-                remedy="give one list a prompt",
-            )
-        built: dict[int, CatalogTrie] = {}  # many users scored against one list build its trie once
-        work: list[tuple[list[int], CatalogTrie, int]] = []
-        for i, (prompt, candidates) in enumerate(zip(prompts, continuations, strict=True)):
-            if len(candidates):
-                if id(candidates) not in built:
-                    built[id(candidates)] = CatalogTrie.build([self._tokens(c) for c in candidates])
-                work.append((self._encode(prompt), built[id(candidates)], i))
-        for ids, trie, _ in work:
-            self._check_length(len(ids) + int(trie.depth.max()))
+        work = paired(self.codec, prompts, continuations, self.context_length)
         work.sort(key=lambda w: w[0])  # neighbours share the most
         out: list[NDArray[np.float64]] = [np.zeros(0)] * len(prompts)
         for part in _groups(work):
@@ -166,7 +154,7 @@ class VllmEngine:
         self._ask([(known, ask) for known in behind for ask in known.rest(deep=False)])
         for known in behind:
             if np.isnan(known.edges()).any():
-                raise ModelError("left log-probabilities unanswered", where="vLLM", remedy="load it in float32")
+                raise NotFiniteError("a log-probability is not a number", where="vLLM", remedy="load it in float32")
 
     def _ask(self, asks: Sequence[tuple[Known, Ask]]) -> None:
         for start in range(0, len(asks), _REQUESTS):
@@ -190,35 +178,27 @@ class VllmEngine:
         progress: Progress | None = None,
     ) -> list[list[Generation]]:
         """See Engine.generate. Every item returned is one of the trie's, each at most once."""
-        if k < 1:
-            raise ConfigError(f"k is {k}", remedy="ask for at least 1 item")
-        if beams is not None and beams < 1:
-            raise ConfigError(f"beams is {beams}", remedy="use at least 1, or None for the exact search")
-        ids = [self._encode(p) for p in prompts]
-        for prompt in ids:
-            self._check_length(len(prompt) + int(trie.depth.max()))
+        check_search(k, beams)
+        ids = encoded(self.codec, prompts, self.context_length, int(trie.depth.max()))
         order = sorted(range(len(ids)), key=lambda i: ids[i])
         out: list[list[Generation]] = [[] for _ in ids]
         for start in range(0, len(order), _PROMPTS):
             members = order[start : start + _PROMPTS]
             masks = [None if allowed is None else allowed[i] for i in members]
-            searches: list[Search] = [
-                BestFirst(trie, k, mask, bonus, max_expansions) if beams is None else Beams(trie, k, beams, mask, bonus)
-                for mask in masks
-            ]
-            self._search([Known(ids[i], trie) for i in members], searches)
-            for i, search in zip(members, searches, strict=True):
+            found = searches(trie, k, masks, bonus, beams, max_expansions)
+            self._search([Known(ids[i], trie) for i in members], found)
+            for i, search in zip(members, found, strict=True):
                 out[i] = search.result()
             if progress:
                 progress(len(members))
         return out
 
-    def _search(self, behind: Sequence[Known], searches: Sequence[Search]) -> None:
+    def _search(self, behind: Sequence[Known], running: Sequence[Search]) -> None:
         """Step all searches until each has ended: what is known is fed at once, the rest of all is asked together."""
         while True:
             waiting = [
                 (known, search, node)
-                for known, search in zip(behind, searches, strict=True)
+                for known, search in zip(behind, running, strict=True)
                 for node in _until_unknown(known, search)
             ]
             if not waiting:
@@ -241,8 +221,7 @@ class VllmEngine:
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
         """See Engine.embed. ConfigError for a layer but the last: vLLM has no other."""
-        if pooling not in ("mean", "last"):
-            raise ConfigError(f"unknown pooling {pooling!r}", remedy="use 'mean' or 'last'")
+        check_pooling(pooling)
         if layer not in (-1, self.n_layers):
             raise ConfigError(
                 f"layer {layer} asked for, and vLLM gives the last one only ({self.n_layers})",
@@ -250,9 +229,7 @@ class VllmEngine:
                 remedy="embed with the transformers backend, or fit with layer=-1",
             )
         check_vectors((self.source or {}).get("adapter"), self.n_layers, pooling)
-        ids = [self._encode(t) for t in texts]
-        for text in ids:
-            self._check_length(len(text))
+        ids = encoded(self.codec, texts, self.context_length)
         order = sorted(range(len(ids)), key=lambda i: ids[i])
         out = np.empty((len(ids), self._hidden_size), dtype=np.float32)
         for start in range(0, len(order), _REQUESTS):
@@ -260,31 +237,10 @@ class VllmEngine:
             out[members] = self._runners.pooling(pooling).embed([ids[i] for i in members], self._lora)
             if progress:
                 progress(len(members))
-        if not np.isfinite(out).all():
-            bad = int(np.flatnonzero(~np.isfinite(out).all(axis=1))[0])
-            raise ModelError(
-                f"the vector of text {bad} is not finite", where="embed", remedy="load the model with dtype='float32'"
-            )
+        check_finite(out)
         return out
 
     # -- small parts ---------------------------------------------------------------------------
-
-    def _encode(self, prompt: Prompt | str) -> list[int]:
-        ids = self.codec.encode(prompt)
-        if not ids:
-            raise DataError("an empty prompt has no token to go on from", remedy="give it some text")
-        return ids
-
-    def _tokens(self, continuation: Continuation) -> Sequence[int]:
-        return self.codec.encode_data(continuation) if isinstance(continuation, str) else continuation
-
-    def _check_length(self, n: int) -> None:
-        if n > self.context_length:
-            raise DataError(
-                f"{n} tokens, {n - self.context_length} over the model's context of {self.context_length}",
-                where="prompt",
-                remedy="keep less history (max_history, prompt_tokens), or raise max_model_len if you lowered it",
-            )
 
     def _self_test(self) -> None:
         """Do prompt log-probabilities behind cached blocks equal those of one token at a time, on this machine too?
