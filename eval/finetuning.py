@@ -31,7 +31,8 @@ from penchant.rank import Fusion, Question, Ranker, choose_fusion
 from penchant.training.checkpoints import checkpoints, load_checkpoint
 from penchant.training.journal import read_log
 from penchant.training.loop import Loop, make_accelerator
-from penchant.training.recipes import CONFIGS, Recipe, cut, finetune
+from penchant.training.recipe import Recipe
+from penchant.training.recipes import CONFIGS, cut, finetune
 from penchant.training.settings import read_settings
 from penchant.training.validation import engine_of
 

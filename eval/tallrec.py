@@ -25,7 +25,7 @@ from penchant.metrics import auc
 from penchant.training.checkpoints import load_checkpoint
 from penchant.training.config import YesNoConfig
 from penchant.training.loop import Loop, make_accelerator
-from penchant.training.recipes import Recipe
+from penchant.training.recipe import Recipe
 from penchant.training.rows import Row
 from penchant.training.settings import read_settings
 from penchant.training.student import Student

@@ -29,7 +29,8 @@ from penchant.training.corpus import Corpus
 from penchant.training.losses import next_item_loss
 from penchant.training.next_item import next_item_rows
 from penchant.training.packing import Plan, pack
-from penchant.training.recipes import Recipe, cut
+from penchant.training.recipe import Recipe
+from penchant.training.recipes import cut
 from penchant.training.rows import Row, RowBuilder
 from penchant.training.student import Student, load_student
 

@@ -36,7 +36,8 @@ from penchant.training.contrastive import InfoNCE, Texts, contrastive_row, contr
 from penchant.training.corpus import Corpus
 from penchant.training.objectives import alone
 from penchant.training.preview import preview
-from penchant.training.recipes import Recipe, finetune
+from penchant.training.recipe import Recipe
+from penchant.training.recipes import finetune
 from penchant.training.rows import Row
 from penchant.training.student import Student, load_student
 from penchant.training.validation import NearestScore, engine_of

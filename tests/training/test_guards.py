@@ -21,10 +21,12 @@ from penchant.prompt import Templates
 from penchant.recommend import Recommender
 from penchant.resources import shipped
 from penchant.run_folder import FitConfig
+from penchant.training import recipe as recipe_module
 from penchant.training import recipes
 from penchant.training.checkpoints import checkpoints, load_checkpoint
 from penchant.training.config import ChooseConfig, ContrastiveConfig, NextItemConfig, PreferenceConfig
-from penchant.training.recipes import Recipe, finetune
+from penchant.training.recipe import Recipe
+from penchant.training.recipes import finetune
 from penchant.training.student import Student, load_student
 
 # -- adapters that say nothing, or something else --------------------------------------------------
@@ -115,8 +117,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
 ) -> None:
     config = settings(byte_folder, epochs=3, checkpoint_every=2, eval_every=99)
     students: list[Student] = []
-    plain = recipes.load_student
-    monkeypatch.setattr(recipes, "load_student", lambda c: students.append(plain(c)) or students[-1])
+    plain = recipe_module.load_student
+    monkeypatch.setattr(recipe_module, "load_student", lambda c: students.append(plain(c)) or students[-1])
 
     def poison(record: dict[str, Any]) -> None:
         if record["kind"] == "step" and record["step"] == 5:
@@ -132,7 +134,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
     fresh = plain(config)
     load_checkpoint(last, fresh, None)
     assert all(bool(torch.isfinite(p).all()) for p in fresh.trainable().values())
-    monkeypatch.setattr(recipes, "load_student", plain)
+    monkeypatch.setattr(recipe_module, "load_student", plain)
     finetune("next_item", config, toy, tmp_path / "run", resume=True)
     finetune("next_item", config, toy, tmp_path / "whole")
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
@@ -164,13 +166,13 @@ def test_nothing_learnt_in_fifty_steps_is_said_aloud(toy: Dataset, byte_folder: 
 def test_weights_that_get_no_gradient_are_an_error(
     monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path
 ) -> None:
-    plain = recipes.task_loss
+    plain = recipe_module.task_loss
 
     def cut_off(name: str, config: Any) -> Any:
         loss, weight = plain(name, config)
         return (lambda f, s, b: loss(f, s, b) * 0.0), weight
 
-    monkeypatch.setattr(recipes, "task_loss", cut_off)
+    monkeypatch.setattr(recipe_module, "task_loss", cut_off)
     with pytest.raises(ModelError, match="no weight gets a gradient"):
         finetune("next_item", settings(byte_folder), toy, tmp_path / "run")
 

@@ -23,7 +23,8 @@ from penchant.errors import ConfigError, ModelError
 from penchant.training.batch import collate
 from penchant.training.config import NextItemConfig, TrainConfig
 from penchant.training.loop import Loop, Outcome, Task, make_accelerator
-from penchant.training.recipes import Recipe, finetune
+from penchant.training.recipe import Recipe
+from penchant.training.recipes import finetune
 from penchant.training.student import Student
 
 

@@ -17,8 +17,8 @@ from penchant.errors import ConfigError, DataError
 from penchant.training.batch import collate
 from penchant.training.config import PreferenceConfig
 from penchant.training.corpus import Corpus
+from penchant.training.objectives import task_loss
 from penchant.training.preference import preference_row, preference_rows, preference_targets, valid_rows
-from penchant.training.recipes import task_loss
 from penchant.training.student import load_student
 
 

@@ -16,7 +16,8 @@ from penchant.data.dataset import Dataset
 from penchant.training.config import ContrastiveConfig, PreferenceConfig
 from penchant.training.loop import make_accelerator
 from penchant.training.packing import Plan
-from penchant.training.recipes import Recipe, cut, finetune
+from penchant.training.recipe import Recipe
+from penchant.training.recipes import cut, finetune
 
 # One start of two processes for all: the first two on an accelerator of their caller's, the third as the program.
 ALL = """

@@ -31,7 +31,8 @@ from penchant.training.config import (
     TrainConfig,
     YesNoConfig,
 )
-from penchant.training.recipes import CONFIGS, TEMPLATES, Recipe, cut, finetune
+from penchant.training.recipe import TEMPLATES, Recipe
+from penchant.training.recipes import CONFIGS, cut, finetune
 from penchant.training.student import Student, load_student
 
 # A few steps on a random model need not help: that is test_guards.py's matter.

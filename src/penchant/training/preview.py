@@ -14,7 +14,8 @@ from penchant.training.config import ContrastiveConfig, TrainConfig
 from penchant.training.loop import memory_mib
 from penchant.training.objectives import over
 from penchant.training.packing import Plan
-from penchant.training.recipes import Recipe, cut
+from penchant.training.recipe import Recipe
+from penchant.training.recipes import cut
 from penchant.training.rows import Row
 from penchant.training.store import RowStore
 

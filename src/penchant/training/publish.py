@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,10 +16,8 @@ from penchant.environment import versions
 from penchant.errors import ConfigError, ModelError, StorageError
 from penchant.files import read_json, staged_folder, write_json
 from penchant.training.loop import Outcome
+from penchant.training.recipe import Recipe
 from penchant.training.student import load_student
-
-if TYPE_CHECKING:
-    from penchant.training.recipes import Recipe
 
 
 def publish(recipe: Recipe, outcome: Outcome, out: Path) -> None:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from accelerate import Accelerator
-from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, global_time, leave_last_out
-from penchant.engine.folders import fingerprint_of, resolve_model
 from penchant.errors import ConfigError
-from penchant.files import sha256_file, sha256_text, write_json
-from penchant.interest.vectors import default_layer, item_vectors
-from penchant.prompt import Templates
-from penchant.tokens import TextCodec
-from penchant.training import choose, contrastive, next_item, preference, yes_no
-from penchant.training.batch import Batch
-from penchant.training.candidates import Retriever
+from penchant.files import write_json
 from penchant.training.checkpoints import load_checkpoint
 from penchant.training.config import (
     ChooseConfig,
@@ -34,254 +22,17 @@ from penchant.training.config import (
     TrainConfig,
     YesNoConfig,
 )
-from penchant.training.corpus import Corpus
 from penchant.training.journal import plot
-from penchant.training.loop import Loop, Outcome, Task, make_accelerator
-from penchant.training.objectives import Loss, StepLoss, task_loss
+from penchant.training.loop import Loop, Outcome, make_accelerator
 from penchant.training.publish import check_out, identity_of, publish
-from penchant.training.rows import Row
-from penchant.training.store import RowStore, stored_rows
-from penchant.training.student import Student, load_student
-from penchant.training.validation import AnswerScore, LetterScore, LikelihoodScore, NearestScore, engine_of
+from penchant.training.recipe import Recipe
 
-# Held-out rows of every run: enough that the loss is steady, few enough to be cheap.
-_VALID_ROWS = 200
 CONFIGS: dict[str, type[TrainConfig]] = {
     "next_item": NextItemConfig,
     "yes_no": YesNoConfig,
     "choose": ChooseConfig,
     "preference": PreferenceConfig,
     "contrastive": ContrastiveConfig,
-}
-# The templates that decide what each recipe's model must be served with.
-TEMPLATES = {
-    "next_item": ("item", "next_item"),
-    "preference": ("item", "next_item"),
-    "yes_no": ("item", "user", "yes_no"),
-    "choose": ("item", "user", "choose"),
-    "contrastive": ("item", "user"),
-}
-
-
-@dataclass(eq=False)
-class Recipe:
-    """One recipe on one dataset: what both training and `--dry-run` are made of."""
-
-    name: str
-    config: TrainConfig
-    split: Split | None
-
-    def __post_init__(self) -> None:
-        self.templates = Templates(self.config.prompts)
-        self.base = resolve_model(self.config.model)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base, local_files_only=True)
-        self.codec = TextCodec(self.tokenizer)
-
-    @cached_property
-    def corpus(self) -> Corpus:
-        if self.split is None:
-            raise ConfigError("needs a dataset", where=self.name, remedy="give --data FOLDER of `penchant prepare`")
-        return Corpus.of(self.split, self.templates, self.codec)
-
-    @cached_property
-    def student(self) -> Student:
-        """The model to be trained, loaded when first needed."""
-        return load_student(self.config)
-
-    @cached_property
-    def retriever(self) -> Retriever:
-        """Encoders over the untuned model's item vectors, the same that `penchant fit` would make."""
-        corpus, student = self.corpus, self.student
-        name = fingerprint_of(self.base) + f":{self.config.dtype}"
-        if self.config.quantization != "none":
-            name += f":{self.config.quantization}"
-        if self.config.start_from is not None:
-            with student.adapter_off():
-                vectors = self._vectors(name)
-        else:
-            vectors = self._vectors(name)  # a new adapter is zero: the model is still its base
-        return Retriever(
-            corpus.split,
-            vectors,
-            epochs=self.config.retriever_epochs,
-            seed=self.config.seed,
-            key=(name, self.templates.hash("item")),
-        )
-
-    def _vectors(self, name: str) -> NDArray[np.float32]:
-        engine = engine_of(self.student, self.tokenizer, name)
-        return item_vectors(
-            engine,
-            self.corpus.texts,
-            layer=default_layer(engine.n_layers),
-            template_hash=self.templates.hash("item"),
-        )
-
-    # -- rows ----------------------------------------------------------------------------------
-
-    def rows(self) -> RowStore:
-        """All training rows (a seeded sample where max_rows says so), from the cache where they were made before."""
-        return stored_rows(self._key(), lambda: self._sampled(self._make()))
-
-    def _make(self) -> Iterator[Row]:
-        config = self.config
-        if isinstance(config, NextItemConfig):
-            return next_item.next_item_rows(self.corpus, config)
-        if isinstance(config, PreferenceConfig):
-            return preference.preference_rows(self.corpus, config, self.retriever)
-        if isinstance(config, ChooseConfig):
-            return choose.choose_rows(self.corpus, config, self.retriever)
-        if isinstance(config, ContrastiveConfig):
-            return contrastive.contrastive_rows(self.corpus, config, self.retriever if config.hard else None)
-        if isinstance(config, YesNoConfig):
-            if config.examples is not None:
-                return self._example_rows(config.examples)
-            hard = self.retriever if "hard" in config.negatives else None
-            return yes_no.yes_no_rows(self.corpus, config, hard)
-        raise ConfigError(f"no recipe for {type(config).__name__}", where="training")
-
-    def _example_rows(self, path: str) -> Iterator[Row]:
-        config = self.config
-        if not isinstance(config, YesNoConfig):
-            raise ConfigError("examples are for yes_no", where=self.name)
-        labels = yes_no.answer_tokens(self.templates, self.codec)
-        for example in yes_no.read_examples(path):
-            yield yes_no.example_row(example, self.templates, self.codec, config, labels)
-
-    def _sampled(self, rows: Iterator[Row]) -> Iterator[Row]:
-        if self.config.max_rows is None:
-            yield from rows
-            return
-        every = list(rows)
-        keep = np.random.default_rng(self.config.seed).permutation(len(every))[: self.config.max_rows]
-        yield from (every[i] for i in np.sort(keep))
-
-    def valid(self) -> list[Row]:
-        """Held-out rows for the loss."""
-        config, rows = self.config, list[Row]()
-        if isinstance(config, NextItemConfig):
-            rows = next_item.valid_rows(self.corpus, config, _VALID_ROWS)
-        elif isinstance(config, PreferenceConfig):
-            rows = preference.valid_rows(self.corpus, config, self.retriever, _VALID_ROWS)
-        elif isinstance(config, ChooseConfig):
-            rows = choose.valid_rows(self.corpus, config, self.retriever, _VALID_ROWS)
-        elif isinstance(config, ContrastiveConfig):
-            rows = contrastive.valid_rows(self.corpus, config, self.retriever if config.hard else None, _VALID_ROWS)
-        elif isinstance(config, YesNoConfig) and config.examples is None:
-            hard = self.retriever if "hard" in config.negatives else None
-            rows = yes_no.valid_rows(self.corpus, config, hard, _VALID_ROWS)
-        elif isinstance(config, YesNoConfig) and config.valid_examples is not None:
-            rows = list(self._example_rows(config.valid_examples))[: max(_VALID_ROWS, config.eval_users)]
-        return rows
-
-    def _key(self) -> tuple[str, ...]:
-        """All that decides the rows."""
-        config, split = self.config, self.split
-        data = ("none",) if split is None else (split.dataset.content_hash, repr(sorted(split.spec.items())))
-        files = tuple(
-            sha256_file(Path(p)) for p in (getattr(config, "examples", None),) if p is not None and Path(p).is_file()
-        )
-        tokenizer = sha256_text(*(f"{t} {i}" for t, i in sorted(self.tokenizer.get_vocab().items())))
-        return (
-            self.name,
-            config.model_dump_json(exclude=_NOT_ROWS),
-            self.templates.hash(),
-            tokenizer,
-            fingerprint_of(self.base),  # the retriever's encoders stand on its vectors
-            *data,
-            *files,
-        )
-
-    # -- the task ------------------------------------------------------------------------------
-
-    def task(self) -> Task:
-        """Rows, loss and validation for the loop."""
-        valid = self.valid()
-        loss, weight = self.objective()
-        score, name = self._score(valid)
-        rows = self.rows()
-        self._require_context(int(rows.lengths.max()))
-        return Task(self.name, rows, valid, loss, weight, score, name)
-
-    def objective(self) -> tuple[Loss | StepLoss, Callable[[Batch], float]]:
-        """The summed loss of a batch or of a step, and what it is divided by."""
-        if isinstance(self.config, ContrastiveConfig):
-            return contrastive.InfoNCE(self.corpus, self.config), contrastive.n_pairs
-        return task_loss(self.name, self.config)
-
-    @property
-    def template_names(self) -> tuple[str, ...]:
-        """The templates that the trained model must be served with."""
-        return TEMPLATES[self.name]
-
-    @property
-    def served_as(self) -> dict[str, Any]:
-        """What else of the card serving must keep to: where the vectors of a model trained to embed are taken."""
-        if not isinstance(self.config, ContrastiveConfig):
-            return {}
-        return {"vectors": {"layer": self.student.layer, "pooling": self.config.pooling}}
-
-    def _require_context(self, longest: int) -> None:
-        """Guard: positions past a model's context are trained to no purpose, and without a word from the model."""
-        context = getattr(self.student.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and longest > context:
-            raise ConfigError(
-                f"a row has {longest} tokens, and the model's context only {context}",
-                where="training",
-                remedy="lower pack_tokens, prompt_tokens, max_history or window",
-            )
-
-    def _score(self, valid: Sequence[Row]) -> tuple[Callable[[Student], dict[str, float]] | None, str]:
-        config = self.config
-        if config.eval_users == 0:
-            return None, ""
-        if isinstance(config, YesNoConfig):
-            return (AnswerScore(valid, config), "AUC") if valid else (None, "")
-        targets = self.corpus.split.valid.sample(config.eval_users, config.seed)
-        if isinstance(config, ChooseConfig):
-            return LetterScore(
-                self.corpus, config, targets, self.retriever.for_targets(targets, config.letters)
-            ), "NDCG@10"
-        if isinstance(config, ContrastiveConfig):
-            return NearestScore(self.corpus, config, targets, self.tokenizer), "NDCG@10"
-        found = self.retriever.for_targets(targets, config.candidates)
-        return LikelihoodScore(self.corpus, config, targets, found, self.tokenizer), "NDCG@10"
-
-
-# Settings that leave the rows as they are. All others are part of the rows' hash: one that is forgotten here makes
-# rows anew, and never takes stale ones. Paths and templates are hashed by what they hold.
-_NOT_ROWS = {
-    "split",
-    "valid_from",
-    "test_from",
-    "prompts",
-    "examples",
-    "valid_examples",
-    "start_from",
-    "device",
-    "method",
-    "lora",
-    "learning_rate",
-    "warmup",
-    "weight_decay",
-    "max_grad_norm",
-    "epochs",
-    "max_steps",
-    "max_minutes",
-    "packs_per_step",
-    "packs_per_forward",
-    "gradient_checkpointing",
-    "eval_users",
-    "eval_every",
-    "eval_minutes",
-    "patience",
-    "checkpoint_every",
-    "report_to",
-    "beta",
-    "likelihood_weight",
-    "temperature",
-    "layer",
-    "catalogue",
 }
 
 
