@@ -6,7 +6,6 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,14 +39,7 @@ ENCODER = {
 KINDS = ["view", "buy"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PENCHANT_CACHE", str(tmp_path_factory.mktemp("module-cache")))
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 class Asked(FakeEngine):
@@ -237,6 +229,19 @@ def test_bad_items_are_named_and_none_is_taken(model: Recommender, item: dict[st
         model.add_items([NEW, item])
     assert model.items.height == 16
     assert model.live == []
+
+
+def test_a_field_that_a_new_item_lacks_is_the_mean_as_it_was_at_the_fit() -> None:
+    config = FitConfig(encoder=EncoderConfig.model_validate(ENCODER), fields=("title", "genres"), validation_users=5)
+    model = Recommender.fit(leave_last_out(dataset()), Asked(), config)
+    model.add_items([{"item_id": "bare", "title": "Up Again (2030)"}])
+    half = model.vectors.shape[1] // 2
+    scaled = model.scaling.apply(model.vectors[-1:])[0]
+    assert (scaled[half:] == 0).all()
+    assert (scaled[:half] != 0).any()
+    assert "bare" in model.recommend(["u1"], 20, method="retrieve")["item_id"].to_list()
+    with pytest.raises(ConfigError, match="several fields"):
+        model.recommend(text="a comedy")
 
 
 def test_what_cannot_be_embedded_is_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +12,6 @@ from typing import Any, get_args
 import numpy as np
 import polars as pl
 import pytest
-import torch
 
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, global_time, leave_last_out
@@ -44,15 +43,7 @@ COLUMNS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of this module's own before anything is fitted; one thread, for models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PENCHANT_CACHE", str(tmp_path_factory.mktemp("module-cache")))
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,8 @@ from penchant.prompt import Templates
 from penchant.rank import Fusion, choose_fusion
 from penchant.rerank import Rules
 from penchant.run_folder import FitConfig, load_run, save_run
-from penchant.serving import Answer, Items, Method, Served
+from penchant.serving import Answer, Items, Method
+from penchant.updating import Updated
 
 if TYPE_CHECKING:
     from penchant.engine import Engine
@@ -46,7 +47,7 @@ def silent(name: str, size: int | None) -> Callable[[int], None]:
 
 
 @dataclass(eq=False)
-class Recommender(Served):
+class Recommender(Updated):
     """A fitted recommender. Make one with ``fit`` or ``load``."""
 
     # -- fitting -------------------------------------------------------------------------------
@@ -221,6 +222,7 @@ class Recommender(Served):
             raise ConfigError(f"text_weight is {text_weight}", where="recommend", remedy="give 0 to 1")
         names, histories = self._who(users, history, history_titles, wished=text is not None)
         allowed = item_mask(self.items, self.item_index, allow=allow, deny=deny, where=where)
+        near = None if text is None else self.nearness(text)
         rules = Rules.of(self.items, diversity=diversity, caps=caps, unique=unique_titles)
         nobody = np.zeros(0, dtype=np.int32)
         rows: list[tuple[str | None, int, float, int, str]] = []
@@ -232,9 +234,9 @@ class Recommender(Served):
                 some: Sequence[int], n: int, how: Method, part: list[Behaviour] = part, seen: list[Items] = seen
             ) -> list[Answer]:
                 mine, gone = [part[i] for i in some], [seen[i] for i in some]
-                if text is None:
+                if near is None:
                     return self.answer(mine, gone, n, how, allowed, calibration)
-                return [self.answer_wish(text, h, s, n, allowed, text_weight) for h, s in zip(mine, gone, strict=True)]
+                return [self.answer_wish(near, h, s, n, allowed, text_weight) for h, s in zip(mine, gone, strict=True)]
 
             found = self.fill(ask, len(part), k, method, rules)
             for name, chosen in zip(names[start : start + batch], found, strict=True):

@@ -1,14 +1,12 @@
-"""A fitted model at work: its engine, its stages, and what it has learnt of users and items since it was fitted."""
+"""A fitted model at work: its engine and its stages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from penchant import schema
@@ -16,18 +14,14 @@ from penchant.adapter_card import check_templates
 from penchant.catalog_trie import CatalogTrie
 from penchant.data.history import EventLog
 from penchant.errors import ConfigError, DataError, ModelError
-from penchant.filters import indices
 from penchant.interest.behaviour import Behaviour, History
 from penchant.interest.hnsw import HNSWIndex
 from penchant.interest.search import index_of, search
 from penchant.interest.top import top_k
-from penchant.interest.vectors import Scaling, embed_items, item_vectors
+from penchant.interest.vectors import Scaling, default_layer
 from penchant.interest.words import reading_of
-from penchant.journal import Journal
-from penchant.live import Event, LiveEvents, checked_items, packed, unpacked
-from penchant.lookup import find_user
 from penchant.rank import Ranker, zscore
-from penchant.run_folder import JOURNAL, Fitted
+from penchant.run_folder import Fitted
 
 if TYPE_CHECKING:
     from penchant.engine import Engine
@@ -46,12 +40,11 @@ class Served(Fitted):
 
     def __post_init__(self) -> None:
         # Back to what was fitted: another object may have been made from the same parts, and be served with other
-        # additions. Those of this one are replayed below.
+        # additions.
         n_items = self.split.log.n_items
         self.encoder = self.encoder.fork(n_items, 0 if self.words is None else len(self.words.vectors))
         self.texts, self.vectors = self.texts[:n_items], self.vectors[:n_items]
         self.prior = None if self.prior is None else self.prior[:n_items]
-        additions, self.live = self.live, []
         # A graph that was loaded is taken over; it may grow, so it is nobody else's.
         self.index = self.graph or index_of(self.encoder, self.config.index)
         self.graph = None
@@ -61,14 +54,9 @@ class Served(Fitted):
         self.reading, texts = reading_of(self.split, self.columns)
         self.word_rows = {text: row for row, text in enumerate(texts)}
         self.removed = np.zeros(n_items, dtype=bool)  # of all items served
-        self._events = LiveEvents(dict(self.split.dataset.interactions.schema))
-        self._behaviours: dict[str, Behaviour] = {}  # of users with events since the fit
-        self._journal: Journal | None = None
         self._engine: Engine | None = None
         self._ranker: Ranker | None = None
         self._trie: CatalogTrie | None = None
-        for record in additions:
-            self._replay(record)
 
     # -- the engine ----------------------------------------------------------------------------
 
@@ -131,6 +119,12 @@ class Served(Fitted):
                 remedy="do this with the run that was fitted with that model, and call with_ranker again",
             )
         return self.engine
+
+    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Texts as the item vectors were made, (n, d) unscaled; not kept, for they are somebody's words."""
+        engine = self._embedder()
+        layer = default_layer(engine.n_layers) if self.config.layer is None else self.config.layer
+        return engine.embed(list(texts), pooling=self.config.pooling, layer=layer)
 
     # -- stages --------------------------------------------------------------------------------
 
@@ -229,12 +223,8 @@ class Served(Fitted):
                 out[warm[j]] = head + out[warm[j]][len(row) :]
         return [answer[:k] for answer in out]
 
-    def answer_wish(
-        self, text: str, history: Behaviour, seen: Items, k: int, allowed: NDArray[np.bool_] | None, weight: float
-    ) -> Answer:
-        """The k best for what a user says they want: ``weight`` on how near an item's text is to the words, the rest on
-        the encoder's score, or where there is no history on popularity; each standardised over the catalogue.
-        """
+    def nearness(self, text: str) -> NDArray[np.float64]:
+        """How near each item's text is to what a user says they want, (n_items,), standardised over the catalogue."""
         if not text.strip():
             raise DataError("the text is empty", where="text", remedy="say what is wanted, or leave it out")
         if self.config.fields:
@@ -243,13 +233,24 @@ class Served(Fitted):
                 where="text",
                 remedy="fit without fields, so that items and wishes are embedded alike",
             )
-        allowed = self._served(allowed)
-        engine, config = self._embedder(), self.config
-        layer = config.layer if config.layer is not None else -1
-        wish = self.scaling.apply(engine.embed([text.strip()], pooling=config.pooling, layer=layer))[0]
+        wish = self.scaling.apply(self._embed([text.strip()]))[0]
         items = self.scaling.apply(self.vectors)
         norms = np.linalg.norm(items, axis=1) * np.linalg.norm(wish)
-        near = zscore(items @ wish / np.maximum(norms, 1e-12))
+        return zscore(items @ wish / np.maximum(norms, 1e-12))
+
+    def answer_wish(
+        self,
+        near: NDArray[np.float64],
+        history: Behaviour,
+        seen: Items,
+        k: int,
+        allowed: NDArray[np.bool_] | None,
+        weight: float,
+    ) -> Answer:
+        """The k best for a wish: ``weight`` on ``nearness``, the rest on the encoder's score, or where there is no
+        history on popularity, standardised over the catalogue too.
+        """
+        allowed = self._served(allowed)
         if len(history):
             base = zscore(self.encoder.scores(self.encoder.encode([history]), self.index.vectors)[0])
         else:
@@ -258,7 +259,7 @@ class Served(Fitted):
         if allowed is not None:
             scores[0, ~allowed] = -np.inf
         scores[0, seen] = -np.inf
-        found, values = top_k(scores, min(k, len(items)))
+        found, values = top_k(scores, min(k, len(near)))
         return [(int(i), float(v), schema.STAGE_WISH) for i, v in zip(found[0], values[0], strict=True) if i >= 0]
 
     def _generate(
@@ -304,121 +305,8 @@ class Served(Fitted):
         queries = self.encoder.encode(known).reshape(-1, self.config.encoder.dim)
         return self.index.recall(queries, min(k, len(self.texts)))
 
-    # -- since the fit -------------------------------------------------------------------------
-
-    def knows(self, user_id: str) -> bool:
-        """Whether the model was given this user's events, at the fit or since."""
-        return user_id in self._behaviours or user_id in self.log.user_index
-
-    def behaviour(self, user_id: str) -> Behaviour:
-        """Everything a user did up to now, oldest first; DataError where the model was given no such user."""
-        if user_id in self._behaviours:
-            return self._behaviours[user_id]
-        return self.reading.of(self.log.all_of(find_user(self.log, user_id)))
-
-    def update(self, user_id: str, events: Sequence[Event] | pl.DataFrame) -> None:
-        """Take in new events of a user, known or new: the next answer counts them.
-
-        ``events``: dicts (or a DataFrame) with item_id and, where known, timestamp (datetime or integer microseconds
-        UTC; default: now), event_type, rating and whatever other columns the interactions have. They are placed by
-        their time. No LLM is asked, unless the encoder reads words and an event has some. Nothing is retrained. In a
-        run that was saved or loaded they are on disk when this returns. DataError names the first event that can't be
-        used, and then none is taken.
-        """
-        user_id = str(user_id)
-        taken = self._events.checked(events, self.item_index)
-        if not taken:
-            return
-        texts = [event[name] for event in taken for name in self.columns.words if event.get(name)]
-        new = [text for text in dict.fromkeys(texts) if text.strip() and text not in self.word_rows]
-        record: dict[str, Any] = {"user": user_id, "events": taken}
-        if new and self.words is not None:
-            layer = self.config.layer if self.config.layer is not None else -1
-            raw = item_vectors(self._embedder(), new, layer=layer, pooling=self.config.pooling)
-            record["words"] = {"texts": new, "vectors": packed(self.words.scaling.apply(raw))}
-        self._keep(record)
-
-    def add_items(self, items: Sequence[Mapping[str, Any]] | pl.DataFrame) -> None:
-        """Embed new items and serve them at once, from their text alone: dicts (or a DataFrame) with item_id, title and
-        whatever other columns the items have.
-
-        Asks the LLM for their vectors. In a run that was saved or loaded they are on disk when this returns. DataError
-        names the first item that can't be used, and then none is taken; ConfigError where the encoder reads no text.
-        """
-        rows = checked_items(items, self.split.dataset.items, self.item_index)
-        if not len(rows):
-            return
-        if self.encoder.project is None:
-            raise ConfigError(
-                "the encoder reads IDs alone, so an item it was not trained on has no vector",
-                where="add_items",
-                remedy="fit with use_text",
-            )
-        texts = self.templates.item_texts(rows.to_dict(as_series=False), rows[schema.ITEM].to_list()).texts
-        vectors = embed_items(self._embedder(), rows, texts, self.config, self.templates.hash("item"))
-        self._keep({"items": rows.to_dicts(), "texts": texts, "vectors": packed(np.nan_to_num(vectors))})
-
-    def remove_items(self, item_ids: Sequence[str]) -> None:
-        """Never recommend these items again, from now on; histories that hold them are read as before.
-
-        In a run that was saved or loaded that is on disk when this returns. DataError where one is unknown.
-        """
-        indices(item_ids, self.item_index, "remove_items")
-        if len(item_ids):
-            self._keep({"removed": [str(name) for name in item_ids]})
-
     def _served(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
         """The filter without removed items."""
         if not self.removed.any():
             return allowed
         return ~self.removed if allowed is None else allowed & ~self.removed
-
-    def attach(self, folder: Path) -> None:
-        """From now on updates are written to this run's journal, which holds all there were up to now."""
-        if self._journal is not None:
-            self._journal.close()
-        self._journal = Journal(folder / JOURNAL)
-
-    def _keep(self, record: dict[str, Any]) -> None:
-        """First on disk, then in memory: what was answered once is answered again after a crash."""
-        if self._journal is not None:
-            self._journal.append(record)
-        self._replay(record)
-
-    def _replay(self, record: dict[str, Any]) -> None:
-        self.live.append(record)
-        if "items" in record:
-            self._add_items(record)
-            return
-        if "removed" in record:
-            self.removed[[self.item_index[name] for name in record["removed"]]] = True
-            return
-        user = record["user"]
-        if "words" in record:
-            first = self.encoder.add_words(unpacked(record["words"]["vectors"]))
-            self.word_rows |= {text: first + i for i, text in enumerate(record["words"]["texts"])}
-        self._events.add(user, record["events"])
-        base = self.split.dataset.interactions
-        at = self.log.user_index.get(user)
-        part = slice(0, 0) if at is None else self.log.all_of(at)
-        events = self._events.of(user, base[part])
-        words = None
-        if self.columns.words:
-            rows = [[self.word_rows.get(text or "", -1) for text in column] for column in self.columns.texts(events)]
-            words = np.array(rows, dtype=np.int32).T
-        item = np.array([self.item_index[i] for i in events[schema.ITEM]], dtype=np.int32)
-        self._behaviours[user] = Behaviour(item, self.columns.codes(events), words)
-
-    def _add_items(self, record: Mapping[str, Any]) -> None:
-        rows = pl.DataFrame(record["items"], schema=self.items.schema)
-        vectors = unpacked(record["vectors"])
-        first = self.encoder.add_items(self.scaling.apply(vectors))
-        self.items = pl.concat([self.items, rows])
-        self.item_index |= {name: first + i for i, name in enumerate(rows[schema.ITEM])}
-        self.texts = [*self.texts, *record["texts"]]
-        self.vectors = np.concatenate([self.vectors, vectors])
-        self.removed = np.concatenate([self.removed, np.zeros(len(rows), dtype=bool)])
-        if self.prior is not None:
-            self.prior = np.concatenate([self.prior, np.full(len(rows), np.nan)])
-        self.index.add(self.encoder.item_matrix()[first:])
-        self._trie = self._ranker = None

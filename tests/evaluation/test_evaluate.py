@@ -6,14 +6,13 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-import torch
 from tests.conftest import toy_frames
 from tests.fake_engine import FakeEngine
 
@@ -48,15 +47,7 @@ LLM_SYSTEMS = {
 LAST = "last item (LLM vectors)"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of this module's own before anything is fitted; one thread, for models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PENCHANT_CACHE", str(tmp_path_factory.mktemp("module-cache")))
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 def fit(split: Split) -> Recommender:

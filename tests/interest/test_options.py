@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,14 +30,6 @@ SMALL = EncoderConfig(
     dim=16, blocks=1, heads=2, dropout=0.0, max_length=8, epochs=30, patience=30, batch_rows=8, learning_rate=1e-2
 )
 KINDS = ["transformer", "gru", "mean"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(**changes: Any) -> EncoderConfig:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from penchant.batch.asked import asked
 from penchant.batch.identity import identity_of
-from penchant.batch.job import asked
 from penchant.batch.options import BatchOptions
 from penchant.batch.quarantine import faults, reasons
 from penchant.batch.shards import Shards

@@ -6,87 +6,26 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from penchant.batch.columns import HISTORY
+from penchant.batch.asked import COLUMNS, Asked, asked
 from penchant.batch.duplicates import repeated_rows
 from penchant.batch.folder import SUMMARY, JobFolder, part_of
 from penchant.batch.identity import identity_of, with_input
 from penchant.batch.local import run_local
 from penchant.batch.options import BatchOptions
 from penchant.batch.progress import Progress, cached_share, totals
+from penchant.batch.ray import run_ray
 from penchant.batch.shards import QUARANTINE, Record, Shards
-from penchant.batch.source import NamesSource, ParquetSource, Source
 from penchant.batch.worker import Worker, save_fixed
-from penchant.engine.threads import threads, use_threads
+from penchant.engine.threads import threads
 from penchant.environment import environment
 from penchant.errors import ConfigError, DataError
 from penchant.files import write_json
 from penchant.recommend import Recommender
-from penchant.schema import ITEM, USER
 
 Runner = Literal["local", "ray"]
-
-# Columns of a job's input: those it must have, those it may have, and those that may be there once only.
-_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "recommend": ((), (USER, HISTORY), (USER,)),
-    "score": ((ITEM,), (USER, HISTORY), (USER, ITEM)),
-    "embed-users": ((), (USER, HISTORY), (USER,)),
-    "embed-items": ((ITEM,), (), (ITEM,)),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """A job before it has a folder: the model, what is asked of it, and the rows."""
-
-    model: Recommender
-    options: BatchOptions
-    source: Source
-    path: Path | None = None  # of the model, and ...
-    url: str | None = None  # ... of the rows, for those who open them elsewhere
-
-
-def asked(
-    model: Recommender | Path | str,
-    rows: Path | str | None,
-    options: BatchOptions | None = None,
-    *,
-    n_threads: int | None = None,
-    **settings: object,
-) -> Asked:
-    """Open the model and the rows (None: all users, or items, that the run knows)."""
-    chosen = BatchOptions.of(options, **settings)
-    if n_threads is not None:
-        if n_threads < 1:
-            raise ConfigError(f"{n_threads} threads", where="threads", remedy="give 1 or more")
-        use_threads(n_threads)
-    opened = model if isinstance(model, Recommender) else Recommender.load(model)
-    return Asked(
-        opened,
-        chosen,
-        source_of(opened, chosen, rows),
-        None if isinstance(model, Recommender) else Path(model),
-        None if rows is None else str(rows),
-    )
-
-
-def source_of(model: Recommender, options: BatchOptions, rows: Path | str | None) -> Source:
-    """The rows of a job. ConfigError for pairs that are not given, DataError for files that can't be used."""
-    needed, optional, _ = _COLUMNS[options.job]
-    if rows is not None:
-        source: Source = ParquetSource(str(rows), needed, optional)
-    elif options.job == "score":
-        raise ConfigError("no pairs", where="score", remedy="give a Parquet file with user_id and item_id")
-    elif options.job == "embed-items":
-        source = NamesSource(ITEM, model.items[ITEM].to_list())
-    else:
-        source = NamesSource(USER, model.log.user_ids)
-    if not source.rows:
-        raise DataError("has no rows", where=str(rows), remedy="give a file with rows")
-    return source
 
 
 def run(
@@ -151,8 +90,6 @@ def run(
 
             _check_share(kept, job.source.rows, max_bad_share, path)
             if todo and runner == "ray":
-                from penchant.batch.ray import run_ray
-
                 run_ray(job, path, shards, todo, workers=workers, gpus=worker_gpus, done=done, stopped=stopping.is_set)
                 shards.sweep(todo)  # a worker that died left its temporary files; none is alive any more
             elif todo and not stopping.is_set():
@@ -171,7 +108,7 @@ def run(
 
 def _make(stage: Path, job: Asked) -> dict[str, Any]:
     """What a new run fixes for all its shards."""
-    key = _COLUMNS[job.options.job][2]
+    key = COLUMNS[job.options.job][2]
     repeated = repeated_rows(job.source, key, stage)
     return {
         "options": job.options.model_dump(mode="json"),

@@ -15,10 +15,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from penchant.batch.asked import Asked, asked
 from penchant.batch.folder import read_manifest
 from penchant.batch.identity import blas_threads, differences, identity_of
 from penchant.batch.local import run_local
@@ -26,9 +27,6 @@ from penchant.batch.options import BatchOptions
 from penchant.batch.shards import Record, Shards
 from penchant.batch.worker import Worker
 from penchant.errors import ConfigError, ModelError, PenchantError
-
-if TYPE_CHECKING:
-    from penchant.batch.job import Asked
 
 _STOP = "stop"  # a file: actors on any machine see it, and begin no other shard
 _GROUPS, _SHARDS = 4, 8  # groups of shards an actor gets at least, and shards of a group at most
@@ -96,8 +94,6 @@ class ShardActor:
     """One worker: its own model and engine, for shards as they come."""
 
     def __init__(self, model: str, rows: str | None, run: str) -> None:
-        from penchant.batch.job import asked
-
         self._run = Path(run)
         manifest = read_manifest(self._run)
         job = asked(
