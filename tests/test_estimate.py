@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -26,14 +26,6 @@ CONFIG = FitConfig(
     validation_users=11,
     max_history=5,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +105,21 @@ def test_an_encoder_without_text_and_a_short_context_can_be_estimated(split: Spl
     found = costs(estimated(split, config, engine))
     distinct = 11 * (1 + sum(len(engine.codec.encode_data(t)) + 1 for t in tiny.TITLES))
     assert found["LLM on validation users"].size <= 11 * (72 - longest) + distinct
+
+
+def test_what_else_the_encoder_reads_is_part_of_it() -> None:
+    interactions, items = toy_frames()
+    events = interactions.with_columns(
+        pl.Series("rating", [1.0 + i % 5 for i in range(len(interactions))]),
+        pl.Series("review", [f"it was number {i % 7}" if i % 3 else None for i in range(len(interactions))]),
+    )
+    made = leave_last_out(Dataset.read(events, items.with_columns(pl.lit("the same").alias("blurb"))))
+    encoder = CONFIG.encoder.model_copy(update={"inputs": ("rating", "gap", "review"), "loss": "mse"})
+    config = CONFIG.model_copy(update={"encoder": encoder, "fields": ("title", "blurb")})
+    found, codec = costs(estimated(made, config)), FakeEngine().codec
+    texts = [*items["title"].to_list(), "the same"]  # a text that many items share is embedded once
+    assert found["embed items"].size == sum(len(codec.encode(text)) for text in texts)
+    assert found["embed the users' words"].size == sum(len(codec.encode(f"it was number {i}")) for i in range(7))
 
 
 def test_nothing_is_written_and_no_random_state_is_touched(

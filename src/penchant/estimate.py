@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penchant.catalog_trie import CatalogTrie
 from penchant.data.split import Split
-from penchant.interest.fit import training_sequences
+from penchant.interest.fit import inputs_of, training_behaviours
 from penchant.interest.softmax import logits_held
 from penchant.interest.train import batch_size, train_encoder, windows
+from penchant.interest.vectors import field_texts
+from penchant.interest.words import read_events
 from penchant.prompt import Templates
 from penchant.rank import Ranker
 from penchant.run_folder import FitConfig
@@ -66,13 +70,16 @@ def estimate_fit(
     lengths = np.array([len(t) for t in ranker.tokens(range(len(texts)))])
     # An item is scored with the terminator behind it, and embedded without.
     end = len(engine.codec.encode_template(templates.headers["next_item"].terminator))
-    embedded = lengths - end + len(engine.codec.bos_ids)
+    bos = len(engine.codec.bos_ids)
+    embedded = int((lengths - end + bos).sum())
+    if config.fields:
+        embedded = sum(_tokens(engine, set(column)) for column in field_texts(items, config.fields))
 
     some = rng.choice(len(texts), size=min(_SAMPLE_ITEMS, len(texts)), replace=False)
     engine.embed([texts[i] for i in some])  # the first forwards of a process are slower
     begun = time.perf_counter()
     engine.embed([texts[i] for i in some])
-    embed_rate = embedded[some].sum() / (time.perf_counter() - begun)
+    embed_rate = (lengths - end + bos)[some].sum() / (time.perf_counter() - begun)
 
     valid = split.valid.sample(config.validation_users, config.seed)
     histories = [valid.history(i) for i in range(len(valid))]
@@ -85,27 +92,19 @@ def estimate_fit(
     score_rate = (sum(prompt_tokens[: len(users)]) + behind) / (time.perf_counter() - begun)
     per_user = behind / max(1, len(users))
 
-    sequences = training_sequences(split)
-    rows = [w for s in sequences for w in windows(s, config.encoder.max_length)]
-    targets = sum(len(w) - 1 for w in rows)
-    size = batch_size(rows, config.encoder)
-    sample = min(_SAMPLE_STEPS * size, len(rows))
-    few = [rows[i] for i in rng.choice(len(rows), size=sample, replace=False)]
-    width = sizes["hidden"]
+    width = sizes["hidden"] * max(1, len(config.fields))
     text = rng.standard_normal((len(texts), width)).astype(np.float32) if config.encoder.use_text else None
-    short = config.encoder.model_copy(update={"epochs": 1, "batch_rows": size})
-    train_encoder(few[:size], len(texts), text, short, lambda encoder: 0.0)
-    begun = time.perf_counter()
-    train_encoder(few, len(texts), text, short, lambda encoder: 0.0)
-    train_rate = sum(len(w) - 1 for w in few) / (time.perf_counter() - begun)
+    training = _training(split, text, config, sizes["hidden"], rng)
 
     judged = round(sum(prompt_tokens) + per_user * len(histories))
     pool = min(len(texts), config.candidates * len(histories))
     prior = round(float(lengths.mean()) * pool)
-    epochs = config.encoder.epochs
+    epochs, spoken = config.encoder.epochs, _tokens(engine, training.words)
+    targets = training.targets * epochs
     costs = [
-        Cost("embed items", int(embedded.sum()), "tokens", float(embedded.sum() / embed_rate)),
-        Cost(f"train encoder, at most {epochs} epochs", targets * epochs, "targets", targets * epochs / train_rate),
+        Cost("embed items", embedded, "tokens", embedded / embed_rate),
+        *([Cost("embed the users' words", spoken, "tokens", spoken / embed_rate)] if training.words else []),
+        Cost(f"train encoder, at most {epochs} epochs", targets, "targets", targets / training.rate),
         Cost("LLM on validation users", judged, "tokens", judged / score_rate),
         Cost("LLM without history, at most", prior, "tokens", prior / score_rate),
     ]
@@ -118,3 +117,41 @@ def estimate_fit(
         "interactions": float(split.dataset.interactions.estimated_size("mb")) * 2,
     }
     return FitEstimate(costs, {name: round(value, 1) for name, value in memory.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Training:
+    """Targets of an epoch, how many a second were trained just now, and the users' words that would be embedded."""
+
+    targets: int
+    rate: float
+    words: list[str]
+
+
+def _training(
+    split: Split, text: NDArray[np.float32] | None, config: FitConfig, hidden: int, rng: np.random.Generator
+) -> _Training:
+    """Train the encoder for a few steps; vectors of words are drawn."""
+    said: list[str] = []
+
+    def vectors_of(words: Sequence[str]) -> NDArray[np.float32]:
+        said.extend(words)
+        return rng.standard_normal((len(words), hidden)).astype(np.float32)
+
+    columns, reading, words = read_events(split, config.encoder, vectors_of)
+    inputs, n_items = inputs_of(columns, words), split.log.n_items
+    rows = [w for s in training_behaviours(split, reading) for w in windows(s, config.encoder.max_length)]
+    size = batch_size(rows, config.encoder)
+    sample = min(_SAMPLE_STEPS * size, len(rows))
+    few = [rows[i] for i in rng.choice(len(rows), size=sample, replace=False)]
+    short = config.encoder.model_copy(update={"epochs": 1, "batch_rows": size})
+    train_encoder(few[:size], n_items, text, short, lambda encoder: 0.0, inputs=inputs)
+    begun = time.perf_counter()
+    train_encoder(few, n_items, text, short, lambda encoder: 0.0, inputs=inputs)
+    rate = sum(len(w) - 1 for w in few) / (time.perf_counter() - begun)
+    return _Training(sum(len(w) - 1 for w in rows), rate, said)
+
+
+def _tokens(engine: Engine, texts: Iterable[str]) -> int:
+    """Tokens of these texts as they are embedded; an empty one is not."""
+    return sum(len(engine.codec.encode(text)) + len(engine.codec.bos_ids) for text in texts if text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 
 import numpy as np
@@ -40,14 +40,6 @@ FITS: dict[str, Fit] = {
     "mult_vae": lambda events, validate: fit_mult_vae(events, VAE, validate, 60.0),
     "sasrec": lambda events, validate: fit_sasrec(events, SASREC, validate, 60.0),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pydantic import BaseModel, ConfigDict
 from tests.evaluation.planted import split_of, two_tastes
 from tests.fake_engine import FakeEngine
@@ -33,14 +31,6 @@ from penchant.evaluation.systems import Queries
 from penchant.interest.config import EncoderConfig
 
 QUICK: list[Name] = ["popularity", "recent", "bm25", "nearest", "item_knn", "ease", "als"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tests.conftest import toy_frames
 from tests.fake_engine import FakeEngine
 
 from penchant.errors import ConfigError
 from penchant.evaluation import comparison as module
 from penchant.evaluation.baselines.sasrec import SASRec
-from penchant.evaluation.comparison import Comparison, spread
+from penchant.evaluation.comparison import BOTH, Comparison, spread
 from penchant.evaluation.ranking import Ranked
 from penchant.evaluation.store import Finished, Store, key_of
 from penchant.evaluation.tasks import Task
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
+from penchant.interest.vectors import Scaling
 
 SMALL = ["popularity", "item_knn", "sasrec"]
 SASREC = "SASRec (cross entropy)"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -60,6 +51,39 @@ def task(**changes: Any) -> Task:
 
 def comparison(data: Path, systems: list[str], made: Task | None = None) -> Comparison:
     return Comparison("toy", made or task(), data / "results", FakeEngine, data, systems)
+
+
+def test_the_encoder_is_the_task_s_and_sasrec_stays_sasrec(data: Path) -> None:
+    settings = task().fit.encoder.model_dump() | {"inputs": ("gap",), "interests": 2, "loss": "sampled", "negatives": 8}
+    fit = {
+        "encoder": settings,
+        "candidates": 5,
+        "validation_users": 5,
+        "fields": ["title", "genres"],
+        "scale": "whiten",
+    }
+    made = comparison(data, ["sasrec", "encoder: ids + text", "full"], task(fit=fit))
+    assert made.raw_vectors.shape[1] == 2 * FakeEngine().embed(["a"]).shape[1]  # two fields side by side
+    whitened = Scaling.fit(made.raw_vectors, "whiten").apply(made.raw_vectors)
+    assert np.array_equal(made.vectors, whitened)
+    rows = made.run()["runs"][0]["rows"]
+    assert any("llm+interest" in row["system"] for row in rows)
+    chosen = {name: made.finished(name, 0).record["fit"]["chosen"]["config"] for name in ("sasrec", BOTH)}  # type: ignore[union-attr]
+    assert (chosen[BOTH]["inputs"], chosen[BOTH]["interests"], chosen[BOTH]["loss"]) == (["gap"], 2, "sampled")
+    assert (chosen["sasrec"]["inputs"], chosen["sasrec"]["interests"], chosen["sasrec"]["loss"]) == ([], 1, "auto")
+    assert chosen["sasrec"]["dim"] == 16  # of the task's it has the sizes
+    # The inputs count: the same weights without them rank otherwise.
+    encoder = InterestEncoder.load(
+        made.store.weights(BOTH, 0), EncoderConfig.model_validate(chosen[BOTH]), 16, made.vectors, columns=[32]
+    )
+    history = made.events[1].before([int(made.split.test.position[0])])
+    assert not np.allclose(encoder.encode(history), encoder.encode([history[0].item]))
+
+
+def test_a_task_that_learns_values_is_refused(data: Path) -> None:
+    fit = {"encoder": task().fit.encoder.model_dump() | {"loss": "mse"}}
+    with pytest.raises(ConfigError, match="compares rankings"):
+        comparison(data, ["popularity"], task(fit=fit))
 
 
 class Counted:

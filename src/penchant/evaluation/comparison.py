@@ -45,8 +45,11 @@ from penchant.evaluation.tasks import Asked, Task, asked_of, read_data, split_of
 from penchant.files import sha256_file, staged_file
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
+from penchant.interest.fit import inputs_of, training_behaviours
+from penchant.interest.inputs import Columns, Reading
 from penchant.interest.train import train_encoder
-from penchant.interest.vectors import default_layer, item_vectors, standardise
+from penchant.interest.vectors import Scaling, default_layer, embed_items, item_vectors
+from penchant.interest.words import Words, read_events
 from penchant.prompt import Templates
 from penchant.recommend import Recommender, Stages, silent
 
@@ -62,6 +65,11 @@ FULL = "full"
 _PLAIN = ("SASRec (cross entropy)", "newest titles (BM25)", "newest items (LLM vectors)")
 # The group of a row that shows what a known mistake is worth.
 MISTAKE = "a known mistake, made on purpose to show its size"
+# Settings of our encoder that the baseline SASRec does not take over.
+_NOT_SASREC = (
+    *("kind", "inputs", "interests", "relevance", "id_dropout"),
+    *("loss", "hard_negatives", "user_weight", "item_weight"),
+)
 # The same whatever the seed: made once.
 _DETERMINISTIC = {"popularity", "recent", "bm25", "nearest", "item_knn", "ease"}
 _NEED_VECTORS = {"nearest", *VARIANTS, FULL}
@@ -96,6 +104,12 @@ class Comparison:
             raise ConfigError(
                 f"unknown system {unknown[0]!r}", where="benchmark", remedy=f"use some of {', '.join(SYSTEMS)}"
             )
+        if self.task.fit.encoder.value_column is not None:
+            raise ConfigError(
+                f"the encoder learns {self.task.fit.encoder.value_column}s, and a task compares rankings",
+                where=f"{self.name}, fit.encoder.loss",
+                remedy="give a loss that learns what was taken (auto, softmax, sampled, or bce without a value)",
+            )
         self.store = Store(self.folder / self.name)
         self.begun = time.perf_counter()
 
@@ -129,19 +143,26 @@ class Comparison:
     @cached_property
     def raw_vectors(self) -> NDArray[np.float32]:
         """LLM vectors of the items as they come, (n_items, d)."""
-        return item_vectors(
-            self.engine,
-            self.texts,
-            layer=self.layer,
-            pooling=self.task.fit.pooling,
-            template_hash=self.templates.hash("item"),
-            progress=self.stages("embed items", len(self.texts)),
+        fit = self.task.fit.model_copy(update={"layer": self.layer})
+        done = self.stages("embed items", len(self.texts) * max(1, len(fit.fields)))
+        return embed_items(
+            self.engine, self.split.dataset.items, self.texts, fit, self.templates.hash("item"), progress=done
         )
 
     @cached_property
     def vectors(self) -> NDArray[np.float32]:
-        """The same, standardised."""
-        return standardise(self.raw_vectors)
+        """The same, scaled as the task says."""
+        return Scaling.fit(self.raw_vectors, self.task.fit.scale).apply(self.raw_vectors)
+
+    @cached_property
+    def events(self) -> tuple[Columns, Reading, Words | None]:
+        """What our encoder reads of events beside their items."""
+
+        def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+            done = self.stages("embed the users' words", len(texts))
+            return item_vectors(self.engine, texts, layer=self.layer, pooling=self.task.fit.pooling, progress=done)
+
+        return read_events(self.split, self.task.fit.encoder, embed)
 
     def key(self, name: str, seed: int, **more: Any) -> str:
         """Of all that decides this system's result."""
@@ -208,17 +229,23 @@ class Comparison:
         events = TrainingEvents.of(self.split)
         valid = Validation.of(self.split, seed=seed, seen=task.seen, seen_last=task.seen_last)
         vectors = self.vectors if text else None
+        columns, reading, words = self.events
+        sequences = training_behaviours(self.split, reading)
+
+        def system(encoder: InterestEncoder) -> SASRec:
+            return SASRec(encoder, encoder.item_matrix(), events.counts, name, reading)
 
         def fit(config: EncoderConfig, left: float) -> System:
             encoder, _ = train_encoder(
-                events.sequences(),
+                sequences,
                 events.n_items,
                 vectors,
                 config,
-                lambda e: valid.ndcg(SASRec(e, e.item_matrix(), events.counts, name)),
+                lambda e: valid.ndcg(system(e)),
+                inputs=inputs_of(columns, words),
                 max_seconds=left,
             )
-            return SASRec(encoder, encoder.item_matrix(), events.counts, name)
+            return system(encoder)
 
         configs = self._encoders(text, ids) if chosen is None else [EncoderConfig.model_validate(chosen)]
         configs = [config.model_copy(update={"seed": seed}) for config in configs]
@@ -231,8 +258,14 @@ class Comparison:
         own = self.task.fit.encoder.model_copy(update={"use_text": text, "use_ids": ids})
         return grid(own, dropout=(0.5, 0.3), learning_rate=(5e-3, 2e-3))
 
+    def _sasrec(self) -> list[EncoderConfig]:
+        """The same for the baseline: of the task's encoder it has the sizes, and none of what SASRec is not."""
+        plain = EncoderConfig()
+        ours = {name: getattr(plain, name) for name in _NOT_SASREC}
+        return [config.model_copy(update=ours) for config in self._encoders(False, True)]
+
     def _grids(self, name: str, chosen: dict[str, Any] | None) -> Grids:
-        grids = Grids(sasrec=self._encoders(False, True))
+        grids = Grids(sasrec=self._sasrec())
         if chosen is None:
             return grids
         kind = type(getattr(grids, name)[0])
@@ -303,7 +336,16 @@ class Comparison:
         """The LLM behind the encoder that was stored, its weight chosen on validation."""
         fit, record = self.task.fit, done[BOTH].record
         config = EncoderConfig.model_validate(record["fit"]["chosen"]["config"])
-        items = self.split.log.n_items
+        columns, _, words = self.events
+        encoder = InterestEncoder.load(
+            self.store.weights(BOTH, seed),
+            config,
+            self.split.log.n_items,
+            self.vectors,
+            columns=columns.sizes,
+            words=None if words is None else words.vectors,
+            n_words=len(columns.words),
+        )
         with self._timed(f"full model, seed {seed}"):
             model = Recommender(
                 split=self.split,
@@ -311,9 +353,11 @@ class Comparison:
                 templates=self.templates,
                 texts=self.texts,
                 vectors=self.raw_vectors,
-                encoder=InterestEncoder.load(self.store.weights(BOTH, seed), config, items, self.vectors),
+                encoder=encoder,
                 engine_source=self.engine.source,
                 fingerprint=self.engine.fingerprint,
+                columns=columns,
+                words=words,
             ).with_ranker(self.engine, stages=self.stages)
             checked: LeakCheck = check_run(model, texts=100, seed=seed)
             report = self._table(done, protocol, model)

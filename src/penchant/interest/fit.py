@@ -38,11 +38,23 @@ def fit_encoder(
     log = split.log
     stopping = split.valid.sample(_STOPPING_USERS, seed)
     histories = reading.before(stopping.position)
-    trained = [reading.of(log.all_of(u))[: int(split.train[log.all_of(u)].sum())] for u in range(log.n_users)]
-    inputs = Inputs(columns.sizes, None if words is None else words.vectors, len(columns.words))
     judge = judge_of(config, histories, stopping, reading)
-    sequences = [sequence for sequence in trained if len(sequence)]
-    return train_encoder(sequences, log.n_items, text, config, judge, inputs=inputs, on_epoch=on_epoch)
+    sequences = training_behaviours(split, reading)
+    return train_encoder(
+        sequences, log.n_items, text, config, judge, inputs=inputs_of(columns, words), on_epoch=on_epoch
+    )
+
+
+def training_behaviours(split: Split, reading: Reading) -> list[Behaviour]:
+    """Each user's training events as the encoder reads them, oldest first; users without any are left out."""
+    log = split.log
+    made = [reading.of(log.all_of(u))[: int(split.train[log.all_of(u)].sum())] for u in range(log.n_users)]
+    return [behaviour for behaviour in made if len(behaviour)]
+
+
+def inputs_of(columns: Columns, words: Words | None) -> Inputs:
+    """What an encoder is built for."""
+    return Inputs(columns.sizes, None if words is None else words.vectors, len(columns.words))
 
 
 def judge_of(

@@ -59,12 +59,7 @@ def field_vectors(
 
     ConfigError for a column that is not there, DataError for an item that has none of the texts.
     """
-    missing = [name for name in fields if name not in items.columns]
-    if missing:
-        raise ConfigError(
-            f"the items have no column {missing[0]!r}", where="fields", remedy=f"use some of {', '.join(items.columns)}"
-        )
-    texts = [[(text or "").strip() for text in items[name].cast(pl.String).to_list()] for name in fields]
+    texts = field_texts(items, fields)
     empty = [row for row in range(len(items)) if not any(column[row] for column in texts)]
     if empty:
         raise DataError(
@@ -83,6 +78,16 @@ def field_vectors(
             part[known] = found[[place[column[row]] for row in known]]
         parts.append(part)
     return np.concatenate(parts, axis=1)
+
+
+def field_texts(items: pl.DataFrame, fields: Sequence[str]) -> list[list[str]]:
+    """The items' texts in each of these columns, "" where there is none; ConfigError for a column that is not there."""
+    missing = [name for name in fields if name not in items.columns]
+    if missing:
+        raise ConfigError(
+            f"the items have no column {missing[0]!r}", where="fields", remedy=f"use some of {', '.join(items.columns)}"
+        )
+    return [[(text or "").strip() for text in items[name].cast(pl.String).to_list()] for name in fields]
 
 
 class Embedding(Protocol):
