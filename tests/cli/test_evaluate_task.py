@@ -135,3 +135,65 @@ def test_a_table_of_recommendations(penchant: Call, ready: Any, tmp_path: Path) 
     assert "mine minus popularity" in ended.out
     assert "1 targets are of users without a list" in ended.out
     assert "is for its maker to show" in ended.out
+
+
+def test_a_task_s_protocol_holds_unless_an_option_is_given(penchant: Call, ready: Any, tmp_path: Path) -> None:
+    changes = {"k": "3", "seen": "keep", "average": "user", "llm_users": "2", "seeds": "[7, 8]"}
+    asked = ["evaluate", ready.run, "--task", task_file(tmp_path, **changes), "--data-dir", ready.log.parent]
+    ended = penchant(*asked, "--json", tmp_path / "task.json")
+    assert ended.code == 0, ended.err
+    settings = json.loads((tmp_path / "task.json").read_text())["settings"]
+    want = {"k": 3, "seen": "keep", "average": "user", "llm_users": 2, "seed": 7}
+    assert {name: settings[name] for name in want} == want
+    assert "the same 2 of them (seed 7)" in ended.out
+    given = ["-k", 4, "--seen", "mask", "--average", "event", "--llm-users", 0, "--seed", 0]
+    ended = penchant(*asked, *given, "--json", tmp_path / "given.json")
+    assert ended.code == 0, ended.err
+    settings = json.loads((tmp_path / "given.json").read_text())["settings"]
+    want = {"k": 4, "seen": "mask", "average": "event", "llm_users": 0, "seed": 0}
+    assert {name: settings[name] for name in want} == want
+
+
+@pytest.mark.parametrize("options", [["-k", 5], ["--seen", "keep"], ["--average", "user"], ["--lists"]])
+def test_published_numbers_are_of_the_task_s_protocol_alone(
+    penchant: Call, ready: Any, tmp_path: Path, options: list[object]
+) -> None:
+    asked = ["--task", task_file(tmp_path), "--data-dir", ready.log.parent, "--json", tmp_path / "r.json"]
+    if options == ["--lists"]:
+        pl.DataFrame({"user_id": ["u0"], "item_id": ["1"], "rank": [1]}).write_parquet(tmp_path / "x.parquet")
+        ended = penchant("evaluate", ready.run, *asked, "--lists", tmp_path / "x.parquet")
+    else:
+        ended = evaluate(penchant, ready, *asked, *options)
+    assert ended.code == 0, ended.err
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["published"] == []
+    name = "--k" if options[0] == "-k" else options[0]
+    assert any(note.startswith(f"published numbers are left out: with {name} the") for note in report["notes"])
+    same = evaluate(penchant, ready, *asked, "-k", 10, "--seen", "mask")
+    assert same.code == 0, same.err
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["published"]
+    assert "left out" not in "".join(report["notes"])
+
+
+def test_lists_are_sliced_like_systems_and_refuse_what_no_list_can_follow(
+    penchant: Call, ready: Any, tmp_path: Path
+) -> None:
+    pl.DataFrame({"user_id": ["u0"], "item_id": ["1"], "rank": [1]}).write_parquet(tmp_path / "x.parquet")
+    users = pl.DataFrame({"user_id": [f"u{i}" for i in range(30)], "job": ["baker", "smith"] * 15})
+    users.write_csv(tmp_path / "users.csv")
+    asked = ["evaluate", ready.run, "--lists", tmp_path / "x.parquet"]
+    ended = penchant(
+        *asked, "--slice-by", "genres", "--users", tmp_path / "users.csv", "--json", tmp_path / "r.json"
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    found = {(part["slice"], part["value"]): part for part in json.loads((tmp_path / "r.json").read_text())["slices"]}
+    assert found["user job", "baker"]["n"] == 15
+    assert ("item genres", "Comedy") in found
+    refused = penchant(*asked, "--llm-users", 3)
+    assert refused.code == 2
+    assert "no LLM ranks a table of recommendations" in refused.err
+    task = ["--task", task_file(tmp_path, seen_last="3"), "--data-dir", ready.log.parent]
+    refused = penchant(*asked, *task)
+    assert refused.code == 2
+    assert "the last 3 seen items masked" in refused.err

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,11 +12,10 @@ from penchant.cli.console import progress
 from penchant.errors import ConfigError
 
 if TYPE_CHECKING:
-    import numpy as np
     import polars as pl
-    from numpy.typing import NDArray
 
     from penchant.data.history import Targets
+    from penchant.evaluation.evaluate import Protocol
     from penchant.evaluation.report import Report
     from penchant.recommend import Recommender
 
@@ -27,11 +27,24 @@ def evaluate_command(
     lists: Annotated[
         Path | None, typer.Option(help="Score this parquet file of recommendations (user_id, item_id, rank or score).")
     ] = None,
-    k: Annotated[int, typer.Option("-k", "--k", help="Cut-off of the metrics.")] = 10,
-    llm_users: Annotated[int, typer.Option(help="Seeded test users that go through the LLM stage; 0: none.")] = 500,
-    seed: Annotated[int, typer.Option(help="Seed of the sample and of the intervals.")] = 0,
-    average: Annotated[str, typer.Option(help="event: targets count alike; user: users do.")] = "event",
-    seen: Annotated[str, typer.Option(help="mask: seen items are not recommended; keep: repeats count.")] = "mask",
+    k: Annotated[
+        int | None, typer.Option("-k", "--k", help="Cut-off of the metrics; default: the task's, or 10.")
+    ] = None,
+    llm_users: Annotated[
+        int | None,
+        typer.Option(help="Seeded test users that go through the LLM stage, 0: none; default: the task's, or 500."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sample and of the intervals; default: the task's first, or 0.")
+    ] = None,
+    average: Annotated[
+        str | None,
+        typer.Option(help="event: targets count alike; user: users do. Default: the task's, or event."),
+    ] = None,
+    seen: Annotated[
+        str | None,
+        typer.Option(help="mask: seen items are not recommended; keep: repeats count. Default: the task's, or mask."),
+    ] = None,
     slice_by: Annotated[list[str] | None, typer.Option(help="An item column to slice by; may be repeated.")] = None,
     users: Annotated[Path | None, typer.Option(help="CSV of users to slice by: user_id and further columns.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the report, with machine and versions, here.")] = None,
@@ -46,24 +59,20 @@ def evaluate_command(
 
     _check_choices(average, seen, html, markdown)
     model = Recommender.load(run)
-    targets, candidates, seen_last, published = _targets(model, task, data_dir)
+    targets, protocol, published = _asked(model, task, data_dir)
+    given: dict[str, Any] = {"k": k, "llm_users": llm_users, "seed": seed, "average": average, "seen": seen}
+    own, protocol = protocol, replace(protocol, **{name: v for name, v in given.items() if v is not None})
     if lists is not None:
-        if candidates is not None:
+        if llm_users:
             raise ConfigError(
-                "a table of recommendations cannot be ranked among sampled candidates",
-                where="evaluate",
-                remedy="give a task without candidates, or none",
+                "no LLM ranks a table of recommendations",
+                where="evaluate, --llm-users",
+                remedy="give --lists or --llm-users, and not both",
             )
         from penchant.evaluation.evaluate_lists import evaluate_lists
 
         report = evaluate_lists(
-            model.split,
-            targets,
-            lists,
-            k=k,
-            seed=seed,
-            average=average,  # type: ignore[arg-type]
-            repeats=seen == "keep",
+            model.split, targets, lists, protocol, item_columns=slice_by or (), users=_read_users(users)
         )
     else:
         from penchant.evaluation.evaluate import evaluate
@@ -72,38 +81,34 @@ def evaluate_command(
             report = evaluate(
                 model,
                 targets,
-                k=k,
-                llm_users=llm_users,
-                seed=seed,
-                average=average,  # type: ignore[arg-type]
-                seen=seen,  # type: ignore[arg-type]
-                seen_last=seen_last,
-                candidates=candidates,
+                **{part.name: getattr(protocol, part.name) for part in fields(protocol)},
                 item_columns=slice_by or (),
                 users=_read_users(users),
                 stages=stages,
             )
-    report.published.extend(published)
+    _add_published(report, published, own, protocol, lists=lists is not None)
     typer.echo(report.to_text())
     _write(report, json, html, markdown)
 
 
-def _check_choices(average: str, seen: str, html: Path | None, markdown: Path | None) -> None:
+def _check_choices(average: str | None, seen: str | None, html: Path | None, markdown: Path | None) -> None:
     """What is wrong with the options, before anything is loaded."""
     for name, value, known in (("average", average, ("event", "user")), ("seen", seen, ("mask", "keep"))):
-        if value not in known:
+        if value is not None and value not in known:
             raise ConfigError(f"unknown --{name} {value!r}", where="evaluate", remedy=f"use {' or '.join(known)}")
     for path, ending in ((html, ".html"), (markdown, ".md")):
         if path is not None and path.suffix.lower() != ending:
             raise ConfigError(f"the page's name does not end in {ending}", where=str(path), remedy=f"name it x{ending}")
 
 
-def _targets(
+def _asked(
     model: Recommender, name: str | None, data_dir: Path | None
-) -> tuple[Targets, NDArray[np.int32] | None, int | None, list[dict[str, object]]]:
-    """The run's own test targets, or the task's: then the run must be of the task's data and split."""
+) -> tuple[Targets, Protocol, list[dict[str, object]]]:
+    """The run's own test targets, or the task's with its protocol: then the run must be of its data and split."""
     if name is None:
-        return model.split.test, None, None, []
+        from penchant.evaluation.evaluate import Protocol
+
+        return model.split.test, Protocol(), []
     from penchant.evaluation.tasks import asked_of, load_task, read_data, split_of
 
     task = load_task(name)
@@ -124,7 +129,19 @@ def _targets(
         )
     asked = asked_of(task, model.split, data_dir)
     published = [one.model_dump(mode="json") for one in task.published]
-    return asked.targets, asked.candidates, task.seen_last, published
+    return asked.targets, asked.protocol(task, task.seeds[0]), published
+
+
+def _add_published(
+    report: Report, published: list[dict[str, object]], task: Protocol, ran: Protocol, *, lists: bool
+) -> None:
+    """Other people's numbers stand in the report only where it was made under the task's own protocol."""
+    changed = [f"--{name}" for name in ("k", "seen", "average") if getattr(task, name) != getattr(ran, name)]
+    changed += ["--lists"] if lists else []
+    if published and changed:
+        report.notes.append(f"published numbers are left out: with {', '.join(changed)} the protocol is not the task's")
+    else:
+        report.published.extend(published)
 
 
 def _read_users(path: Path | None) -> pl.DataFrame | None:
