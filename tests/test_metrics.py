@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import ir_measures
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ir_measures import AP, RR, P, R, Success, nDCG
 
+from penchant import metrics
 from penchant.errors import DataError
 from penchant.metrics import (
     Hits,
@@ -300,3 +302,27 @@ def test_predictions_that_are_no_number_and_labels_that_are_no_class_are_refused
         auc(np.array([0.1, 0.2]), np.array([1, 5]))
     with pytest.raises(DataError, match="outside"):
         log_loss(np.array([1.5]), np.array([1]))
+
+
+@pytest.mark.parametrize("call", [rmse, mae, log_loss, accuracy, auc])
+def test_predictions_and_truths_of_other_shapes_are_one_error(call: Callable[..., object]) -> None:
+    for predicted, true in (
+        (np.array([0.5, 0.2]), np.array([1])),
+        (np.array([0.5]), np.array([1, 0])),
+        (np.array([[0.5], [0.2]]), np.array([1, 0])),
+        (np.array([0.5, 0.2, 0.1]), np.array([1, 0])),
+    ):
+        with pytest.raises(DataError, match="predictions of shape"):
+            call(predicted, true)
+    with pytest.raises(DataError, match="2 predictions and 1 users"):
+        gauc(np.array([0.5, 0.2]), np.array([1, 0]), np.array([3]))
+
+
+@pytest.mark.parametrize("name", ["recall", "hit_rate", "precision", "f1", "ndcg", "mrr", "average_precision"])
+@pytest.mark.parametrize("k", [0, -1])
+def test_a_cut_off_below_1_is_refused(name: str, k: int) -> None:
+    with pytest.raises(DataError, match=f"a metric at {k}"):
+        getattr(metrics, name)(np.array([1, 2]), k)
+    hits = Hits.of(np.array([[0, 1]]), [np.array([1])])
+    with pytest.raises(DataError, match=f"a metric at {k}"):
+        getattr(hits, name)(k)

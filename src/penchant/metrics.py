@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from penchant.errors import DataError
 
 Values = NDArray[np.float64]
+Kind = TypeVar("Kind", bound=np.generic)
 
 # Places of ranked lists looked at in one go: few enough for their keys to stay in the processor's cache.
 _BLOCK = 250_000
@@ -45,6 +47,7 @@ def list_rank(lists: NDArray[np.integer], target: NDArray[np.integer]) -> NDArra
 
 def recall(rank: NDArray[np.integer], k: int) -> Values:
     """1 where the target is among the first k, else 0. With one relevant item this is also the hit rate."""
+    _check_cut_off(k)
     return (rank <= k).astype(np.float64)
 
 
@@ -65,17 +68,24 @@ def f1(rank: NDArray[np.integer], k: int) -> Values:
 
 def ndcg(rank: NDArray[np.integer], k: int) -> Values:
     """1 / log2(rank + 1) within the first k, else 0 (Jaervelin and Kekaelaeinen 2002; the ideal is 1)."""
+    _check_cut_off(k)
     return np.where(rank <= k, 1.0 / np.log2(rank + 1.0), 0.0)
 
 
 def mrr(rank: NDArray[np.integer], k: int) -> Values:
     """1 / rank within the first k, else 0; its mean is the MRR."""
+    _check_cut_off(k)
     return np.where(rank <= k, 1.0 / rank, 0.0)
 
 
 def average_precision(rank: NDArray[np.integer], k: int) -> Values:
     """Average precision within the first k; its mean is the MAP. With one relevant item it is 1 / rank."""
     return mrr(rank, k)
+
+
+def _check_cut_off(k: int) -> None:
+    if k < 1:
+        raise DataError(f"a metric at {k}", where="metrics", remedy="give k of 1 or more")
 
 
 # -- several relevant items a user -----------------------------------------------------------------
@@ -121,6 +131,7 @@ class Hits:
         return cls(at // max(1, k), at % max(1, k) + 1, sizes, k)
 
     def _within(self, k: int) -> NDArray[np.bool_]:
+        _check_cut_off(k)
         if k > self.length:
             raise DataError(f"a metric at {k} of lists with {self.length} places", where="metrics", remedy="lower k")
         return self.place <= k
@@ -148,8 +159,8 @@ class Hits:
 
     def ndcg(self, k: int) -> Values:
         """DCG with gains of 1 over that of the best list of k (Jaervelin and Kekaelaeinen 2002)."""
-        ideal = np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))
         gained = self._sum(self._within(k), 1.0 / np.log2(self.place + 1.0))
+        ideal = np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))
         return gained / ideal[np.minimum(self.n_relevant, k) - 1]
 
     def mrr(self, k: int) -> Values:
@@ -229,7 +240,9 @@ def user_auc(
     score: NDArray[np.floating], label: NDArray[np.generic], user: NDArray[np.integer]
 ) -> tuple[NDArray[np.int64], Values, NDArray[np.int64]]:
     """Each user's AUC: users (ascending), their AUC (NaN where a class is absent) and their numbers of events."""
-    score, positive = _scores(score), _labels(label)
+    score, positive = _pairs(_scores(score), _labels(label))
+    if len(user) != len(score):
+        raise DataError(f"{len(score)} predictions and {len(user)} users", where="metrics", remedy="give one an event")
     users, code = np.unique(user, return_inverse=True)
     events = np.bincount(code)
     positives = np.bincount(code, weights=positive)
@@ -270,7 +283,7 @@ def log_loss(probability: NDArray[np.floating], label: NDArray[np.generic]) -> V
 
     Probabilities are kept 1e-15 away from 0 and 1. DataError for one outside [0, 1].
     """
-    positive, p = _labels(label), _scores(probability)
+    p, positive = _pairs(_scores(probability), _labels(label))
     if p.size and not (p.min() >= 0 and p.max() <= 1):
         raise DataError("a probability is outside [0, 1]", where="log loss", remedy="give probabilities, not logits")
     p = np.clip(p, _LEAST, 1 - _LEAST)
@@ -279,17 +292,20 @@ def log_loss(probability: NDArray[np.floating], label: NDArray[np.generic]) -> V
 
 def accuracy(score: NDArray[np.floating], label: NDArray[np.generic], threshold: float = 0.5) -> Values:
     """1 where "score above the threshold" is what happened, else 0; at the threshold itself it says no."""
-    return ((_scores(score) > threshold) == _labels(label)).astype(np.float64)
+    given, positive = _pairs(_scores(score), _labels(label))
+    return ((given > threshold) == positive).astype(np.float64)
 
 
 def squared_error(predicted: NDArray[np.floating], true: NDArray[np.floating]) -> Values:
     """(predicted - true) squared, one value an event; the RMSE is the root of its mean, so are the interval's ends."""
-    return (_scores(predicted) - _scores(true)) ** 2
+    given, wanted = _pairs(_scores(predicted), _scores(true))
+    return (given - wanted) ** 2
 
 
 def absolute_error(predicted: NDArray[np.floating], true: NDArray[np.floating]) -> Values:
     """|predicted - true|, one value an event; its mean is the MAE."""
-    return np.abs(_scores(predicted) - _scores(true))
+    given, wanted = _pairs(_scores(predicted), _scores(true))
+    return np.abs(given - wanted)
 
 
 def rmse(predicted: NDArray[np.floating], true: NDArray[np.floating]) -> float:
@@ -300,6 +316,17 @@ def rmse(predicted: NDArray[np.floating], true: NDArray[np.floating]) -> float:
 def mae(predicted: NDArray[np.floating], true: NDArray[np.floating]) -> float:
     """The mean absolute error."""
     return float(absolute_error(predicted, true).mean())
+
+
+def _pairs(predicted: Values, true: NDArray[Kind]) -> tuple[Values, NDArray[Kind]]:
+    """Both as they are; a shape that differs would be broadcast to pairs that nobody meant."""
+    if predicted.shape != true.shape or predicted.ndim != 1:
+        raise DataError(
+            f"predictions of shape {predicted.shape} and truths of shape {true.shape}",
+            where="metrics",
+            remedy="give one of each an event, both of shape (n,)",
+        )
+    return predicted, true
 
 
 def _scores(values: NDArray[np.floating]) -> Values:

@@ -270,3 +270,17 @@ def test_the_spread_of_seeds() -> None:
     assert math.isnan(Spread.of([0.1]).sd)
     with pytest.raises(DataError):
         Spread.of([])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_refused_and_never_a_p_of_0(bad: float) -> None:
+    values, fine = np.array([0.1, bad, *[0.3] * 20]), np.linspace(0, 1, 22)
+    user = np.repeat(np.arange(11), 2)
+    for call in (
+        lambda: bootstrap_mean(values),
+        lambda: bootstrap_by_user(values, user),
+        lambda: paired_permutation(values, fine),
+        lambda: paired_permutation(fine, values, user=user),
+    ):
+        with pytest.raises(DataError, match="1 of 22 values are not finite numbers"):
+            call()

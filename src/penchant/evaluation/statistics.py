@@ -72,15 +72,31 @@ def _by_user(values: NDArray[np.floating], user: NDArray[np.integer]) -> tuple[N
     """Each user's sum and number of values, in ascending order of user."""
     if len(values) != len(user):
         raise DataError(f"{len(values)} values and {len(user)} users", where="statistics")
+    _check_finite(values)
     code = np.unique(user, return_inverse=True)[1]
     return np.bincount(code, weights=values).astype(np.float64, copy=False), np.bincount(code)
+
+
+def _check_finite(values: NDArray[np.floating]) -> None:
+    """A mean with one value that is no number in it says nothing, and a test on it says whatever it likes."""
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if wrong.size:
+        raise DataError(
+            f"{wrong.size:,} of {len(values):,} values are not finite numbers",
+            where=f"statistics, value {wrong[0]}",
+            remedy="find out why; leave targets without a value out knowingly",
+        )
 
 
 # -- intervals -------------------------------------------------------------------------------------
 
 
 def bootstrap_mean(values: NDArray[np.floating], seed: int = 0) -> Estimate:
-    """Mean and 95% percentile bootstrap interval over users (Efron 1979); one user has no interval (NaN)."""
+    """Mean and 95% percentile bootstrap interval over users (Efron 1979); one user has no interval (NaN).
+
+    DataError for a value that is not a finite number.
+    """
+    _check_finite(values)
     n = len(values)
     mean = float(np.mean(values)) if n else float("nan")
     if n < 2:
@@ -145,9 +161,12 @@ def paired_permutation(
     If the systems were alike, each difference could as well have the other sign. Exact where 13 targets or fewer
     differ, else by 9,999 seeded draws, p being (1 + as extreme) / 10,000. ``user``: the target's users, where some
     have several targets; their differences then flip together. p is 1 where nothing differs, NaN without targets.
+    DataError for a value that is not a finite number.
     """
     if len(a) != len(b):
         raise DataError(f"{len(a)} and {len(b)} values are not pairs", where="paired permutation test")
+    _check_finite(a)
+    _check_finite(b)
     difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     if user is None:
         estimate, flipped = bootstrap_mean(difference, seed), difference
