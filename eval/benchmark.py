@@ -6,14 +6,13 @@
 
 A task names its data (fetched, or files in its folder under --data-dir), its split, the settings of the fit, the
 budget for tuning, and seeds. OUT/TASK.json holds the table of each seed with its intervals, their spread, settings,
-trials, machine, versions, data hash and commit; OUT/TASK.md the first seed's table for people. Each finished system
-is kept in OUT/TASK/ and is not made again, so a run that was cut off goes on where it was: the same command. No row
+trials, machine, versions, data hash and commit, and the commit and seconds of each system, which an earlier run may
+have made; OUT/TASK.md the first seed's table for people. Each finished system is kept in OUT/TASK/ and is not made again, so a run that was cut off goes on where it was: the same command. No row
 of the data is written.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from enum import StrEnum
@@ -25,6 +24,7 @@ import typer
 
 import penchant as pt
 from penchant.engine.noise import quiet_libraries
+from penchant.environment import commit_of
 from penchant.errors import ConfigError, PenchantError
 from penchant.evaluation.comparison import SYSTEMS, Comparison
 from penchant.evaluation.page import write_page
@@ -55,17 +55,6 @@ SUITES = {
         "mars-elearning-time",
     ],
 }
-
-
-def commit() -> dict[str, Any]:
-    """The commit this runs at, and whether the tree holds changes that it lacks."""
-    try:
-        here = Path(__file__).resolve().parent
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None}
-    return {"commit": head.stdout.strip(), "changed": bool(changed.stdout.strip())}
 
 
 def main(
@@ -109,9 +98,16 @@ def main(
 
         chosen = [part.strip() for part in systems.split(",")] if systems else []
         comparison = Comparison(
-            Path(name).stem if name.endswith((".yaml", ".yml")) else name, task, out, engine, data_dir, chosen, say=say
+            Path(name).stem if name.endswith((".yaml", ".yml")) else name,
+            task,
+            out,
+            engine,
+            data_dir,
+            chosen,
+            say=say,
+            stamp=commit_of(Path(__file__).resolve().parent),
         )
-        result = comparison.run(commit())
+        result = comparison.run()
         write_json(out / f"{comparison.name}.json", result)
         write_page(result["runs"][0], out / f"{comparison.name}.md")
         print(out / f"{comparison.name}.json")

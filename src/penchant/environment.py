@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 _PACKAGES = (
@@ -39,6 +41,25 @@ def environment() -> dict[str, Any]:
         "system": platform.system(),
         "versions": versions(),
     }
+
+
+def short_environment() -> dict[str, Any]:
+    """The same in a line: for each of many records that one result is made of."""
+    whole = environment()
+    short = {name: whole[name] for name in ("machine", "processor", "cores", "python")}
+    return short | {name: whole["versions"].get(name) for name in ("torch", "numpy")}
+
+
+def commit_of(folder: Path) -> dict[str, Any]:
+    """The commit that a folder's repository is at, and whether its tree holds changes; None where there is none."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None}
+    return {"commit": head.stdout.strip(), "changed": bool(changed.stdout.strip())}
 
 
 def versions() -> dict[str, str]:

@@ -49,8 +49,8 @@ def task(**changes: Any) -> Task:
     return Task.model_validate(fields | changes)
 
 
-def comparison(data: Path, systems: list[str], made: Task | None = None) -> Comparison:
-    return Comparison("toy", made or task(), data / "results", FakeEngine, data, systems)
+def comparison(data: Path, systems: list[str], made: Task | None = None, **more: Any) -> Comparison:
+    return Comparison("toy", made or task(), data / "results", FakeEngine, data, systems, **more)
 
 
 def test_the_encoder_is_the_task_s_and_sasrec_stays_sasrec(data: Path) -> None:
@@ -206,8 +206,8 @@ def test_popularity_stands_beside_the_one_that_counts_the_test_items_too(data: P
 def test_the_result_says_what_it_was_made_of(data: Path) -> None:
     systems = ["popularity", "nearest", "sasrec", "encoder: ids + text", "full"]
     published = [{"system": "X", "source": "a paper", "protocol": "same", "metrics": {"NDCG@10": 0.1}}]
-    one = comparison(data, systems, task(published=published))
-    result = json.loads(json.dumps(one.run({"commit": "abc"}), allow_nan=False))
+    one = comparison(data, systems, task(published=published), stamp={"commit": "abc"})
+    result = json.loads(json.dumps(one.run(), allow_nan=False))
     assert result["commit"] == "abc"
     assert result["data"] == one.split.dataset.content_hash
     assert result["environment"]["versions"]["numpy"] == np.__version__
@@ -222,7 +222,8 @@ def test_the_result_says_what_it_was_made_of(data: Path) -> None:
     assert run["examples"] == []  # rows of the data are no part of a result
     notes = "\n".join(run["notes"])
     assert "leak check: " in notes
-    assert "at most 1 configurations" in notes
+    assert "each system with the task's settings, untuned (a budget of 1 configuration)" in notes
+    assert "tuned on validation" not in notes
     assert "leave-last-out: whatever is trained on all users has seen" in notes
     named = {row["system"] for row in run["rows"] if row["group"].startswith("paired differences on all 30")}
     assert named == {f"encoder: ids + text minus {other}" for other in (SASREC, "newest items (LLM vectors)")}
@@ -235,7 +236,28 @@ def test_the_result_says_what_it_was_made_of(data: Path) -> None:
     again = comparison(data, systems, task(published=published))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "Recommender", lambda *a, **b: pytest.fail("it was made again"))
-        assert again.run({"commit": "abc"})["runs"] == result["runs"]
+        assert again.run()["runs"] == result["runs"]
+
+
+def test_each_system_says_which_commit_made_it_and_what_it_took(data: Path) -> None:
+    old = {"commit": "old", "changed": False}
+    comparison(data, ["popularity"], stamp=old).run()
+    result = comparison(data, ["popularity", "item_knn"], stamp={"commit": "new", "changed": True}).run()
+    assert result["commit"] == "new"
+    made = {(one["name"], one["seed"]): one for one in result["systems"]}
+    assert set(made) == {("popularity", 0), ("item_knn", 0), ("table", 0)}
+    assert (made["popularity", 0]["commit"], made["popularity", 0]["changed"]) == ("old", False)
+    assert (made["item_knn", 0]["commit"], made["table", 0]["commit"]) == ("new", "new")
+    assert result["seconds"] == pytest.approx(sum(one["seconds"] for one in made.values()), abs=0.06)
+    stored = json.loads((data / "results/toy/popularity-seed0.json").read_text())["origin"]
+    assert stored["environment"]["numpy"] == np.__version__
+    # A record that does not say is still taken, and nothing is made up for it.
+    path = data / "results/toy/item-knn-seed0.json"
+    path.write_text(json.dumps({n: v for n, v in json.loads(path.read_text()).items() if n != "origin"}))
+    again = comparison(data, ["popularity", "item_knn"], stamp=old).run()
+    made = {one["name"]: one for one in again["systems"]}
+    assert (made["item_knn"]["commit"], made["item_knn"]["seconds"]) == (None, None)
+    assert made["table"]["commit"] == "new"
 
 
 def test_the_full_model_is_the_encoder_that_validation_chose(data: Path) -> None:

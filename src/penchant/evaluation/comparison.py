@@ -8,7 +8,7 @@ the other seeds train what it chose.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -39,7 +39,7 @@ from penchant.evaluation.leaks import LeakCheck, check_run
 from penchant.evaluation.report import Report
 from penchant.evaluation.rows import Table
 from penchant.evaluation.statistics import Spread
-from penchant.evaluation.store import Finished, Store, key_of
+from penchant.evaluation.store import Finished, Store, key_of, origin
 from penchant.evaluation.systems import System
 from penchant.evaluation.tasks import Asked, Task, asked_of, read_data, split_of
 from penchant.files import sha256_file, staged_file
@@ -81,7 +81,9 @@ SYSTEMS: tuple[str, ...] = (*(name for name in NAMES if name != "llm"), *VARIANT
 class Comparison:
     """One task being run into ``folder``. ``load`` brings the LLM, when it is first needed.
 
-    ``systems`` are some of SYSTEMS; without them the task's baselines, our variants and the full model.
+    ``systems`` are some of SYSTEMS; without them the task's baselines, our variants and the full model. ``stamp`` (the
+    commit, say) goes into the result as it is, and into the record of each system made now: another run may have
+    made the others. ``origins`` takes up, by system and seed, when and where each was made.
     """
 
     name: str
@@ -92,7 +94,9 @@ class Comparison:
     systems: Sequence[str] = ()
     stages: Stages = silent
     say: Callable[[str], None] = lambda line: None
+    stamp: Mapping[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    origins: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         baselines = self.task.baselines or [name for name in NAMES if name != "llm"]
@@ -186,6 +190,7 @@ class Comparison:
         weights = self.store.weights(name, seed)
         if found is not None and (name != BOTH or _hash(weights) == found.record["weights"]):
             self.say(f"{name}, seed {seed}: stored")
+            self.origins[name, seed] = found.record.get("origin", {})
             return found
         if not self._time_left(f"{name}, seed {seed}"):
             return None
@@ -197,9 +202,10 @@ class Comparison:
             with staged_file(weights) as stage:
                 fitted.system.encoder.save(stage)
             record["weights"] = sha256_file(weights)
+        record["origin"] = self.origins[name, seed] = origin(self.stamp, time.perf_counter() - begun)
         made = Finished(ranked, record)
         self.store.save(name, seed, key, made)
-        self.say(f"{name}, seed {seed}: {time.perf_counter() - begun:.1f} s")
+        self.say(f"{name}, seed {seed}: {record['origin']['seconds']} s")
         return made
 
     def _time_left(self, what: str) -> bool:
@@ -285,11 +291,14 @@ class Comparison:
         stored = self.store.record(kind, seed, key)
         if stored is not None:
             self.say(f"report, seed {seed}: stored")
+            self.origins[kind, seed] = stored.get("origin", {})
             return stored["report"]
+        begun = time.perf_counter()
         report = self._full(done, protocol, seed) if full else self._table(done, protocol)
         report.settings["seed"] = seed
         found = report.to_dict()
-        self.store.save_record(kind, seed, key, {"report": found})
+        self.origins[kind, seed] = origin(self.stamp, time.perf_counter() - begun)
+        self.store.save_record(kind, seed, key, {"report": found, "origin": self.origins[kind, seed]})
         return found
 
     def _table(self, done: dict[str, Finished], protocol: Protocol, model: Recommender | None = None) -> Report:
@@ -326,8 +335,13 @@ class Comparison:
                 wrong = protocol.rank(system, self.asked.targets, self.stages)
                 report.rows.append(table.row(MISTAKE, wrong.system, wrong.rank))
         report.published.extend(one.model_dump(mode="json") for one in self.task.published)
-        report.notes.append(f"tuned on validation NDCG@10, each system {self.task.budget.of()}, ours too")
-        if len(self.task.seeds) > 1:
+        tuned = self.task.budget.trials > 1
+        report.notes.append(
+            f"tuned on validation NDCG@10, each system {self.task.budget.of()}, ours too"
+            if tuned
+            else "each system with the task's settings, untuned (a budget of 1 configuration)"
+        )
+        if tuned and len(self.task.seeds) > 1:
             report.notes.append(f"tuned with seed {self.task.seeds[0]}; the other seeds train what it chose")
         report.notes.extend(self.left_out)
         return report
@@ -376,8 +390,8 @@ class Comparison:
 
     # -- the whole ---------------------------------------------------------------------------------
 
-    def run(self, stamp: dict[str, Any] | None = None) -> dict[str, Any]:
-        """All seeds, and how far they lie apart. ``stamp`` (the commit, say) goes into the result as it is."""
+    def run(self) -> dict[str, Any]:
+        """All seeds, how far they lie apart, and where each system comes from; ``seconds`` is the sum of theirs."""
         runs = [self.report(seed) for seed in self.task.seeds]
         for report in runs:
             report["title"] = f"{self.name}: {self.task.about}"
@@ -387,9 +401,13 @@ class Comparison:
             "about": self.task.about,
             "data": self.split.dataset.content_hash,
             "seeds": self.task.seeds,
-            **(stamp or {}),
+            **self.stamp,
             "environment": environment(),
-            "seconds": round(time.perf_counter() - self.begun, 1),
+            "seconds": round(sum(made.get("seconds") or 0.0 for made in self.origins.values()), 1),
+            "systems": [
+                {"name": name, "seed": seed} | {part: made.get(part) for part in ("commit", "changed", "seconds")}
+                for (name, seed), made in self.origins.items()
+            ],
             "spread": spread(runs),
             "runs": runs,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from penchant import __version__
+from penchant.environment import short_environment
 from penchant.errors import StorageError
 from penchant.evaluation.ranking import Ranked
 from penchant.files import read_json, sha256_text, staged_file, write_json
@@ -22,6 +25,17 @@ class Finished:
 
     ranked: Ranked
     record: dict[str, Any]
+
+
+def origin(stamp: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Where a record comes from: the commit (as ``stamp`` says it), version and machine, and what it took."""
+    return {
+        "commit": stamp.get("commit"),
+        "changed": stamp.get("changed"),
+        "version": __version__,
+        "seconds": round(seconds, 1),
+        "environment": short_environment(),
+    }
 
 
 @dataclass(frozen=True)
