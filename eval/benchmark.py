@@ -7,8 +7,8 @@
 A task names its data (fetched, or files in its folder under --data-dir), its split, the settings of the fit, the
 budget for tuning, and seeds. OUT/TASK.json holds the table of each seed with its intervals, their spread, settings,
 trials, machine, versions, data hash and commit, and the commit and seconds of each system, which an earlier run may
-have made; OUT/TASK.md the first seed's table for people. Each finished system is kept in OUT/TASK/ and is not made again, so a run that was cut off goes on where it was: the same command. No row
-of the data is written.
+have made; OUT/TASK.md the first seed's table for people. Each finished system is kept in OUT/TASK/ and is not made
+again, so a run that was cut off goes on where it was: the same command. No row of the data is written.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python eval/memorisation.py data/mine --fit --out eval/results/memorisation-mine.json
 
 The data is a folder made by `penchant prepare`, or a name that `penchant fetch` knows. Always: how many of n sampled
-titles the model can finish, and whether it knows their years. With --fit: fit and evaluate twice, leave-last-out,
-with the real titles and with neutral names, and compare each system with itself.
+titles the model can finish, and whether it knows their years. With --fit: fit twice, leave-last-out, with the real
+titles and with neutral names, and compare each system with itself on the same users.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import typer
 
 import penchant as pt
 from penchant.engine.noise import quiet_libraries
-from penchant.environment import environment
+from penchant.environment import commit_of, environment
 from penchant.evaluation.probe import memorisation, neutral_dataset, probe
 from penchant.fetch import KNOWN, fetch
 from penchant.files import write_json
@@ -54,20 +54,11 @@ def main(
     print_recall(found["recall"])
     if fit:
         neutral = neutral_dataset(dataset, seed, codec=engine.codec)
-        real_report, neutral_report = (
-            pt.evaluate(pt.Recommender.fit(pt.leave_last_out(one), engine), llm_users=llm_users, seed=seed).to_dict()
-            for one in (dataset, neutral)
-        )
-        found |= {
-            "probe": probe(real_report, neutral_report),
-            "neutral": neutral.report["neutral"],
-            "real_report": real_report,
-            "neutral_report": neutral_report,
-        }
-        for row in found["probe"]["rows"]:
-            means = "  ".join(f"{name} {value['mean']:.4f}" for name, value in row["metrics"].items())
-            print(f"{row['system']:<60} {means}")
-    write_json(out, {**found, "environment": environment()})
+        models = [pt.Recommender.fit(pt.leave_last_out(one), engine) for one in (dataset, neutral)]
+        report = probe(models[0], models[1], llm_users=llm_users, seed=seed)
+        found |= {"probe": report.to_dict(), "neutral": neutral.report["neutral"]}
+        print(report.to_text())
+    write_json(out, {**found, **commit_of(Path(__file__).resolve().parent), "environment": environment()})
     print(out)
 
 

@@ -22,6 +22,7 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.transformers import TransformersEngine
 from penchant.errors import ConfigError, DataError
+from penchant.evaluation.evaluate import evaluate
 from penchant.evaluation.probe import (
     memorisation,
     neutral_dataset,
@@ -34,6 +35,9 @@ from penchant.evaluation.probe import (
 from penchant.evaluation.ranking import Ranked
 from penchant.evaluation.recall import _bare, _recited, _rest
 from penchant.evaluation.rows import Table
+from penchant.interest.config import EncoderConfig
+from penchant.recommend import Recommender
+from penchant.run_folder import FitConfig
 from penchant.tokens import Prompt
 
 FIRST = ["Quiet", "Long", "Blue", "Hidden", "Second", "Broken", "Golden", "Empty", "Silver", "Narrow"]
@@ -340,47 +344,30 @@ def test_memorisation_is_plain_json(byte_engine: TransformersEngine, toy: Datase
     assert set(back["years"]) >= {"correct", "base", "above_base", "within_one"}
 
 
-def report_of(groups: dict[str, dict[str, tuple[float, float, float]]], n: int = 100) -> dict[str, Any]:
-    rows = [
-        {
-            "group": group,
-            "system": system,
-            "metrics": {"NDCG@10": {"mean": mean, "low": low, "high": high, "n": n}},
-            "difference": False,
-            "p": None,
-        }
-        for group, systems in groups.items()
-        for system, (mean, low, high) in systems.items()
-    ]
-    rows.append({**rows[0], "system": "a difference", "difference": True})
-    return {"rows": rows}
-
-
-def test_the_difference_of_two_reports_by_hand() -> None:
-    real = report_of(
-        {"all": {"encoder": (0.10, 0.07, 0.13), "f (weight 0.4, calibration 1)": (0.2, 0.1, 0.3), "x": (1, 1, 1)}}
+def test_what_is_left_of_each_system_is_a_paired_difference(toy: Dataset) -> None:
+    """Popularity reads no title, so nothing of it is lost; every other row agrees with evaluating each model."""
+    config = FitConfig(
+        encoder=EncoderConfig(dim=16, blocks=1, max_length=12, epochs=1, batch_rows=8), candidates=5, validation_users=5
     )
-    neutral = report_of({"all": {"encoder": (0.06, 0.02, 0.10), "f (weight 0.1, calibration 0)": (0.1, 0.1, 0.1)}})
-    found = probe(real, neutral)
-    names = [row["system"] for row in found["rows"]]
-    assert names == [
-        "encoder, real titles",
-        "encoder, neutral names",
-        "encoder: neutral minus real",
-        "f (weight 0.4, calibration 1), real titles",
-        "f (weight 0.1, calibration 0), neutral names",
-        "f: neutral minus real",
+    models = [
+        Recommender.fit(leave_last_out(one), FakeEngine(), config) for one in (toy, neutral_dataset(toy, codec=None))
     ]
-    assert [row["difference"] for row in found["rows"]] == [False, False, True] * 2
-    estimate = found["rows"][2]["metrics"]["NDCG@10"]
-    # Half widths .03 and .04 make .05.
-    assert estimate["mean"] == pytest.approx(-0.04)
-    assert (estimate["low"], estimate["high"]) == pytest.approx((-0.09, 0.01))
-    assert "not compared: x" in found["notes"][1]
-    with pytest.raises(DataError, match="100 users with real titles and 99"):
-        probe(real, report_of({"all": {"encoder": (0.1, 0.1, 0.1)}}, n=99))
-    without = report_of({"all": {"encoder": (0.1, None, None)}})  # type: ignore[dict-item]
-    assert probe(real, without)["rows"][2]["metrics"]["NDCG@10"]["low"] is None
+    report = probe(models[0], models[1], llm_users=8)
+    every, some = dict.fromkeys(row.group for row in report.rows)
+    assert "all 30 test targets, whole catalogue of 16" in every
+    assert "the same 8 of them (seed 0)" in some
+    lost = report.find("popularity: neutral minus real", every)
+    assert (lost.metrics["NDCG@10"].mean, lost.metrics["NDCG@10"].high, lost.p) == (0.0, 0.0, 1.0)
+    assert report.find("llm+interest: neutral minus real", some).difference
+    for model, name in zip(models, ("real titles", "neutral names"), strict=True):
+        alone = evaluate(model, llm_users=8)
+        for row in alone.rows:
+            if not row.difference and "random order" not in row.system:
+                group = every if "all 30" in row.group else some
+                assert report.find(f"{row.system}, {name}", group).metrics == row.metrics
+    json.dumps(report.to_dict(), allow_nan=False)
+    with pytest.raises(DataError, match="not of the same events"):
+        probe(models[0], Recommender.fit(leave_last_out(Dataset.read(*toy_frames(29))), FakeEngine(), config))
 
 
 def test_paired_rows_know_that_the_users_are_the_same(rng: np.random.Generator) -> None:
@@ -404,19 +391,8 @@ def test_paired_rows_know_that_the_users_are_the_same(rng: np.random.Generator) 
     assert difference.high < 0
     assert rows[2].p is not None
     assert rows[2].p < 0.01
-    both = [
-        {"rows": [{"group": "g", "system": "f", "metrics": {"NDCG@10": vars_of(row)}, "difference": False}]}
-        for row in rows[:2]
-    ]
-    loose = probe(both[0], both[1])["rows"][2]["metrics"]["NDCG@10"]
-    assert loose["low"] < difference.low < difference.high < loose["high"]
     with pytest.raises(DataError, match="400 targets with real titles, 3"):
         paired_rows("g", [ranked("x", rank)], [ranked("x", rank[:3])], table)
-
-
-def vars_of(row: Any) -> dict[str, Any]:
-    estimate = row.metrics["NDCG@10"]
-    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.n}
 
 
 @pytest.mark.skipif(not (SHARED_DATA / "ml-100k" / "u.item").is_file(), reason="MovieLens-100K is not there")

@@ -185,7 +185,7 @@ def tabulate(
         rows.append(table.difference(group, f"{encoder.system} minus {best.system}", encoder.rank, best.rank))
     rows += _pair_rows(table, split, targets, {one.system: one for one in ranked}, pairs)
     notes = protocol_notes(split, targets, protocol.seen, protocol.seen_last, protocol.candidates, protocol.average)
-    chosen = _sample(targets, protocol.llm_users if model else 0, protocol.seed)
+    chosen = llm_sample(targets, protocol.llm_users if model else 0, protocol.seed)
     if model and protocol.llm_users > 0 and not len(chosen):
         notes.append("no target has a history, so the LLM stage ran on none")
     stage, shown, shown_targets = None, list(ranked), targets
@@ -268,7 +268,7 @@ def best_of(ranked: Sequence[Ranked], table: Table) -> Ranked | None:
     return ranked[int(np.argmax(quality))] if ranked else None
 
 
-def _sample(targets: Targets, n: int, seed: int) -> NDArray[np.int64]:
+def llm_sample(targets: Targets, n: int, seed: int) -> NDArray[np.int64]:
     """Rows of up to n targets that have a history, drawn without replacement, in order."""
     warm = np.flatnonzero(targets.position > targets.log.start[targets.user])
     if n >= len(warm):

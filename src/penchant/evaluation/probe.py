@@ -1,29 +1,37 @@
 """The memorisation probe: how much of a result is what the model had read of these very items.
 
 Two questions. What does the model know by heart (recall.py)? And what is left of each system when every title is
-replaced by a neutral name (neutral.py)? Fit and evaluate once on each dataset, then `probe` the two reports.
+replaced by a neutral name (neutral.py)? Fit once on each dataset, then `probe` the two models.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from penchant.data.dataset import Dataset
 from penchant.errors import DataError
+from penchant.evaluation.evaluate import Protocol, check_targets, llm_sample
+from penchant.evaluation.leaks import check_run
+from penchant.evaluation.llm_stage import run_llm_stage
 from penchant.evaluation.neutral import neutral_dataset, neutral_names
+from penchant.evaluation.notes import protocol_notes
+from penchant.evaluation.ours import own_systems
+from penchant.evaluation.ranking import Ranked
 from penchant.evaluation.recall import TitleRecall, YearRecall, title_recall, year_recall
-from penchant.evaluation.report import Row, without_nan
+from penchant.evaluation.report import Report, Row, without_nan
+from penchant.evaluation.rows import Table, corrected
+from penchant.recommend import Recommender, silent
 from penchant.schema import TITLE
 from penchant.tokens import clean
 
 if TYPE_CHECKING:
     from penchant.engine import Engine
-    from penchant.evaluation.ranking import Ranked
-    from penchant.evaluation.rows import Table
 
 __all__ = [
     "TitleRecall",
@@ -39,10 +47,6 @@ __all__ = [
 
 # What a fit chose for itself and put into a system's name; the other run may have chosen otherwise.
 _CHOSEN = re.compile(r" \(weight [^)]*\)$")
-CONSERVATIVE = (
-    "neutral minus real titles: the intervals treat the two runs as if on different users, so they are wider than "
-    "those of the paired differences"
-)
 
 
 def memorisation(engine: Engine, dataset: Dataset, n: int = 200, seed: int = 0) -> dict[str, Any]:
@@ -86,62 +90,56 @@ def paired_rows(group: str, real: Sequence[Ranked], neutral: Sequence[Ranked], t
     return out
 
 
-def probe(real: Mapping[str, Any], neutral: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows and notes for a table of what is left, from two reports' dicts (`Report.to_dict`).
+def probe(real: Recommender, neutral: Recommender, *, llm_users: int = 500, seed: int = 0) -> Report:
+    """What is left of each system, from a model fitted with real titles and one with neutral names.
 
-    ``rows`` have the shape of a report's: for each group and system the real, the neutral and the difference. The
-    dicts hold no ranks, so the differences' intervals join the two runs' as if independent; both rank the same
-    users, whose luck is in common, so the true ones are narrower (`paired_rows` gives those). Raises DataError
-    where the two are of different numbers of targets.
+    Both must be of the same events and split. All systems are ranked on all test targets, and on ``llm_users`` of
+    them, drawn with ``seed``, the LLM's stage too; the differences are paired, for the users are the same.
+    Raises DataError where the two are of other events, there are no targets, or the leak check finds something.
     """
-    others = {(row["group"], _plain(row["system"])): row for row in neutral["rows"] if not row["difference"]}
-    rows, unmatched = [], []
-    for row in real["rows"]:
-        if row["difference"]:
-            continue
-        other = others.get((row["group"], _plain(row["system"])))
-        if other is None:
-            unmatched.append(row["system"])
-            continue
-        both = [name for name in row["metrics"] if name in other["metrics"]]
-        group = f"memorisation probe, {row['group']}"
-        rows += [
-            _row(group, f"{row['system']}, real titles", {name: row["metrics"][name] for name in both}),
-            _row(group, f"{other['system']}, neutral names", {name: other["metrics"][name] for name in both}),
-            _row(
-                group,
-                f"{_plain(row['system'])}: neutral minus real",
-                {name: _minus(other["metrics"][name], row["metrics"][name], row["system"]) for name in both},
-                difference=True,
-            ),
-        ]
-    notes = [CONSERVATIVE] if rows else []
-    if unmatched:
-        notes.append(f"in one of the two runs only, and so not compared: {', '.join(dict.fromkeys(unmatched))}")
-    return {"rows": rows, "notes": notes}
+    targets, other = real.split.test, neutral.split.test
+    if not (np.array_equal(targets.position, other.position) and np.array_equal(real.log.item, neutral.log.item)):
+        raise DataError(
+            "the two runs are not of the same events and split",
+            where="memorisation probe",
+            remedy="fit both with the same split, one on the dataset and one on its neutral_dataset",
+        )
+    protocol = Protocol(llm_users=llm_users, seed=seed)
+    chosen = llm_sample(targets, llm_users, seed)
+    made = [_ranked(model, protocol, chosen) for model in (real, neutral)]
+    table = Table(protocol.k, real.log.n_items, targets.user, seed=seed)
+    every = f"memorisation probe, all {len(targets):,} test targets, {protocol.whole(real.log.n_items)}"
+    rows = paired_rows(every, made[0][0], made[1][0], table)
+    some = f"memorisation probe, the same {len(chosen):,} of them (seed {seed}) for every system"
+    rows += paired_rows(some, made[0][1], made[1][1], table.take(chosen)) if len(chosen) else []
+    rows, tests = corrected(rows)
+    notes = protocol_notes(real.split, targets, protocol.seen, None, None, protocol.average)
+    settings = {**protocol.to_dict(), "split": real.split.spec, "model": real.fingerprint}
+    for name, model in (("real", real), ("neutral", neutral)):
+        settings[name] = {"data": model.split.dataset.content_hash, "fusion": model.fusion.to_dict()}
+    return Report(rows, [*notes, *tests], settings, title="What is left when titles mean nothing")
+
+
+def _ranked(model: Recommender, protocol: Protocol, chosen: NDArray[np.integer]) -> tuple[list[Ranked], list[Ranked]]:
+    """The model's systems on all its test targets, and on those ``chosen`` with the LLM's stage."""
+    targets = model.split.test
+    check_targets(model, targets)
+    check_run(model)
+    every = [protocol.rank(system, targets) for system in own_systems(model)]
+    some = [one.take(chosen) for one in every]
+    if len(chosen):
+        stage = run_llm_stage(
+            model,
+            targets.take(chosen),
+            some[0],
+            seen=protocol.seen,
+            seen_last=protocol.seen_last,
+            candidates=None,
+            stages=silent,
+        )
+        some += stage.ranked
+    return every, some
 
 
 def _plain(system: str) -> str:
     return _CHOSEN.sub("", system)
-
-
-def _row(group: str, system: str, metrics: dict[str, Any], *, difference: bool = False) -> dict[str, Any]:
-    return {"group": group, "system": system, "metrics": metrics, "difference": difference, "p": None, "more": {}}
-
-
-def _minus(one: Mapping[str, Any], other: Mapping[str, Any], system: str) -> dict[str, Any]:
-    """The difference of two means, with the interval of independent ones: half widths add as squares."""
-    if one["n"] != other["n"]:
-        raise DataError(
-            f"{system} has {other['n']:,} users with real titles and {one['n']:,} with neutral names",
-            where="memorisation probe",
-            remedy="evaluate both on the same targets",
-        )
-    known = all(value is not None for end in (one, other) for value in (end["mean"], end["low"], end["high"]))
-    if not known:
-        means = one["mean"] is not None and other["mean"] is not None
-        return {"mean": one["mean"] - other["mean"] if means else None, "low": None, "high": None, "n": one["n"]}
-    mean = one["mean"] - other["mean"]
-    below = math.hypot(one["mean"] - one["low"], other["high"] - other["mean"])
-    above = math.hypot(one["high"] - one["mean"], other["mean"] - other["low"])
-    return {"mean": mean, "low": mean - below, "high": mean + above, "n": one["n"]}
