@@ -4,7 +4,8 @@ python eval/tables.py            # rewrites README.md
 python eval/tables.py --check    # exits 1 where the README is not what the results say
 
 A task has two blocks: every system on all targets, and on the LLM's sample its own rows with the best of the others
-(all of them are in results/TASK.md). A number is the mean over the seeds, in
+(all of them are in results/TASK.md). Above them stands what every table must say: that leave-last-out leaks time, and
+that candidates were sampled. A number is the mean over the seeds, in
 brackets the first seed's 95% interval over users, behind ± the deviation between seeds where there are several.
 """
 
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("ml-100k", "ml-latest-small-5core", "ml-latest-small", "games", "games-20", "beauty")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 _STAGE = ("llm", "encoder: ids + text", "the candidates in random order")
+# Notes of a report without which no table is to be read.
+_SAID = ("ranked among sampled candidates only", "leave-last-out: whatever is trained on all users")
 METRICS = ("Recall@10", "NDCG@10")
 
 
@@ -29,6 +32,8 @@ def block(result: dict[str, Any]) -> list[str]:
     first = result["runs"][0]
     seeds = len(result["runs"])
     lines = [f"### {result['task']}", "", f"{result['about']}. {seeds} {'seed' if seeds == 1 else 'seeds'}.", ""]
+    said = [note for note in first["notes"] if note.startswith(_SAID)]
+    lines += [f"True of every table here: {'; '.join(said)}.", ""] if said else []
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in first["rows"]:
         groups.setdefault(row["group"], []).append(row)

@@ -444,8 +444,11 @@ def test_sampled_candidates_are_named_so_in_every_table(model: Recommender) -> N
     targets = model.split.test
     rng = np.random.default_rng(5)
     candidates = np.array([[*rng.choice([i for i in range(16) if i != t], 3, replace=False), t] for t in targets.item])
-    report = evaluate(model, k=2, llm_users=1_000, candidates=candidates)
-    every, sample, _ = groups(report)
+    report = evaluate(model, k=2, llm_users=1_000, candidates=candidates, baselines=[Guess(1)])
+    heads = [lines.split("\n")[0] for lines in report.to_text().split("\n\n")[:-1]]
+    assert len(heads) == len({row.group for row in report.rows}) == 4
+    assert all("sampled candidates (4)" in head for head in heads)
+    every, _, sample, _ = groups(report)
     assert "sampled candidates (4)" in every
     assert "sampled candidates (4)" in sample
     assert "ranked among sampled candidates only (4 a target), nothing masked" in report.notes[0]

@@ -234,6 +234,24 @@ def test_sampled_candidates_are_named_at_the_table_and_among_the_notes(small_pag
     assert "sampled candidates" not in small_page + to_markdown(small_report())
 
 
+def test_every_table_of_results_says_that_candidates_were_sampled() -> None:
+    report = sample_report()
+    report["settings"]["candidates"] = 100
+    seen = view(report)
+    assert all("sampled candidates (100)" in group.table.name for group in seen.groups)
+    assert seen.costs is not None
+    assert "sampled candidates (100)" in seen.costs.group
+    said = "Ranked among sampled candidates only"
+    for text in (to_html(report), to_markdown(report)):
+        # The notes, and each section of results up to the next: groups, slices, cost, beyond.
+        assert text.count(said) == 1 + 3 + 2 + 1 + 1
+        heads = r"<h[23]>" if text.startswith("<!") else r"^#{2,3} "
+        parts = re.split(heads, text, flags=re.MULTILINE)
+        tables = ("all 943", "the same 500", "what the LLM adds", "history length", "popularity of the", "Beyond acc")
+        for name in (*tables, "Quality against cost"):
+            assert [said in part for part in parts if part.startswith(name)] == [True], name
+
+
 def test_further_metrics_are_folded() -> None:
     report = small_report()
     report["rows"][0]["more"] = {"HitRate@50": {"mean": 0.4321, "low": 0.4, "high": 0.5, "n": 943}}

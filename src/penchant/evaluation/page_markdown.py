@@ -38,7 +38,11 @@ def _head(view: View) -> list[str]:
 def _results(view: View) -> list[str]:
     parts = ["## Results", _RESULTS + (_P if view.has_p else "")] if view.groups else []
     for group in view.groups:
-        parts += [f"### {escaped(group.table.name)}", _table(group.table), *_remarks(group.caution, view.leak)]
+        parts += [
+            f"### {escaped(group.table.name)}",
+            _table(group.table),
+            *_remarks(*dict.fromkeys([group.caution, *view.remarks])),
+        ]
         if group.more:
             parts.append(_folded("All other metrics", _table(group.more)))
     return parts
@@ -54,7 +58,7 @@ def _slices(view: View) -> list[str]:
         parts.append(f"### {escaped(part.name)}")
         for table in part.tables:
             parts += [f"{escaped(table.name)}:", _table(table)]
-        parts += _remarks(view.leak)
+        parts += _remarks(*view.remarks)
     return parts
 
 
@@ -66,12 +70,12 @@ def _costs(view: View) -> list[str]:
         "## Quality against cost",
         *([on] if view.costs.group else []),
         _table(view.costs.table),
-        *_remarks(view.leak),
+        *_remarks(*view.remarks),
     ]
 
 
 def _beyond(view: View) -> list[str]:
-    return ["## Beyond accuracy", _table(view.beyond), *_remarks(view.leak)] if view.beyond else []
+    return ["## Beyond accuracy", _table(view.beyond), *_remarks(*view.remarks)] if view.beyond else []
 
 
 def _trials(view: View) -> list[str]:

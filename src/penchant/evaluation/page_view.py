@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from penchant.evaluation.report import heading
+
 NONE = "–"
 LEAK = (
     "Leave-last-out leaks global time: whatever is trained on all users has seen other users' events that are later "
@@ -114,7 +116,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The headline table of a group of users, all its other metrics, and what must be said of both."""
+    """The headline table of a group of users, all its other metrics, and that both are of sampled candidates."""
 
     table: Table
     more: Table | None
@@ -123,9 +125,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class View:
+    """``remarks`` are what every table of results must say: of leave-last-out, and of sampled candidates."""
+
     title: str
     notes: list[str]
-    leak: str
+    remarks: list[str]
     groups: list[Group]
     has_p: bool
     published: Table | None
@@ -140,18 +144,19 @@ class View:
 def view(report: Mapping[str, Any]) -> View:
     """Everything of a report's dict (`Report.to_dict`); parts that are absent or empty are left out."""
     notes = [str(note) for note in report.get("notes") or []]
-    kind = str((report.get("settings") or {}).get("split", ""))
+    settings = report.get("settings") or {}
+    kind, sampled = str(settings.get("split", "")), settings.get("candidates") is not None
     leaks = "leave-last-out" in kind or any(note.lower().startswith("leave-last-out") for note in notes)
-    rows = report.get("rows") or []
+    rows = [{**row, "group": heading(str(row.get("group", "")), settings)} for row in report.get("rows") or []]
     groups = [_group(name, part) for name, part in _by(rows, "group").items()]
-    if any(group.caution for group in groups) and not any("sampled candidates" in note for note in notes):
+    if (sampled or any(group.caution for group in groups)) and not any("sampled candidates" in note for note in notes):
         notes.insert(0, SAMPLED)
     if leaks and not any(note.lower().startswith("leave-last-out") for note in notes):
         notes.insert(0, LEAK)
     return View(
         title=str(report.get("title") or "Evaluation"),
         notes=notes,
-        leak=LEAK if leaks else "",
+        remarks=[*([SAMPLED] if sampled else []), *([LEAK] if leaks else [])],
         groups=groups,
         has_p=any(row.get("p") is not None for row in rows),
         published=_published(report.get("published") or []),

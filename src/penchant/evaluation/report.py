@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -99,12 +100,18 @@ class Report:
             if row.group != group:
                 group = row.group
                 head = "".join(f"{name:>28}" for name in row.metrics)
-                lines += ["", f"{group}", f"  {'':<{width}}{head}"]
+                lines += ["", heading(group, self.settings), f"  {'':<{width}}{head}"]
             cells = "".join(f"{_cell(estimate, row.difference):>28}" for estimate in row.metrics.values())
             p = "" if row.p is None else f"  p {row.p:.2g}"
             lines.append(f"  {row.system:<{width}}{cells}{p}")
         lines += ["", *(f"* {note}" for note in self.notes)]
         return "\n".join(lines).lstrip("\n")
+
+
+def heading(group: str, settings: Mapping[str, Any]) -> str:
+    """A group's name as every table shows it: where targets stood among sampled candidates, it says so."""
+    n = settings.get("candidates")
+    return group if n is None or "sampled candidates" in group else f"{group}, sampled candidates ({n})"
 
 
 def without_nan(value: Any) -> Any:
