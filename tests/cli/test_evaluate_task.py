@@ -10,7 +10,9 @@ from typing import Any
 import polars as pl
 import pytest
 
+from penchant.prompt import Templates
 from penchant.recommend import Recommender
+from penchant.resources import shipped
 
 # penchant and ready are of conftest.py beside this file.
 Call = Callable[..., Any]
@@ -93,6 +95,9 @@ def test_a_run_of_another_split_or_other_data_is_refused(
         (["--task", "no-such-task"], "no such task"),
         (["--users", "nobody.csv"], "cannot be read as CSV"),
         (["--lists", "nothing.parquet"], "nothing.parquet"),
+        (["--baselines", "ease,magic"], "unknown baseline 'magic'"),
+        (["--baselines", "llm"], "unknown baseline 'llm'"),
+        (["--baselines", ","], "no baseline is named"),
         (["--slice-by", "colour"], "no column 'colour'"),
     ],
 )
@@ -192,8 +197,60 @@ def test_lists_are_sliced_like_systems_and_refuse_what_no_list_can_follow(
     assert ("item genres", "Comedy") in found
     refused = penchant(*asked, "--llm-users", 3)
     assert refused.code == 2
-    assert "no LLM ranks a table of recommendations" in refused.err
+    assert "is set beside popularity alone" in refused.err
+    assert penchant(*asked, "--baselines", "ease").code == 2
     task = ["--task", task_file(tmp_path, seen_last="3"), "--data-dir", ready.log.parent]
     refused = penchant(*asked, *task)
     assert refused.code == 2
     assert "the last 3 seen items masked" in refused.err
+
+
+def test_baselines_are_fitted_tuned_and_tested_against(penchant: Call, ready: Any, tmp_path: Path) -> None:
+    ended = evaluate(penchant, ready, "--baselines", "popularity, item_knn,ease", "--json", tmp_path / "r.json")
+    assert ended.code == 0, ended.err
+    report = json.loads((tmp_path / "r.json").read_text())
+    every = [row["system"] for row in report["rows"] if row["group"].startswith("all 30 test targets")]
+    assert sorted(every) == sorted(["encoder", "last item (LLM vectors)", "popularity", "ItemKNN", "EASE"])
+    means = {row["system"]: row["metrics"]["NDCG@10"]["mean"] for row in report["rows"]}
+    best = max(("popularity", "ItemKNN", "EASE"), key=means.__getitem__)
+    (tested,) = [row for row in report["rows"] if row["difference"]]
+    assert tested["system"] == f"encoder minus {best}"
+    assert tested["p"] is not None
+    assert {trial["system"] for trial in report["trials"]} == {"popularity", "ItemKNN", "EASE"}
+    assert "baselines tuned on validation NDCG@10, each at most 8 configurations" in ended.out
+
+
+def test_a_yes_no_task_asks_the_run_s_own_llm(penchant: Call, ready: Any, tmp_path: Path) -> None:
+    # The tiny tokenizer has no single tokens for yes and no.
+    text = (shipped("prompts") / "yes_no.jinja").read_text(encoding="utf-8")
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/yes_no.jinja").write_text(text.replace('["Yes", "No"]', '["A", "B"]'), encoding="utf-8")
+    model = Recommender.load(ready.run)
+    model.templates = Templates(tmp_path / "prompts")
+    model.save(tmp_path / "run")
+    rows = [
+        {
+            "input": f'User Preference: "Heat (1995)"\nUser Unpreference: "Up (2009)"\nWhether the user will like the '
+            f'target movie "{title}"?',
+            "output": "Yes." if i % 2 else "No.",
+        }
+        for i, title in enumerate(["M (1931)", "Alien (1979)", "Se7en (1995)", "Aliens (1986)"])
+    ]
+    (tmp_path / "t").mkdir()
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"t/{part}.json").write_text(json.dumps(rows))
+    fields = "kind: tallrec, folder: t, train: train.json, valid: valid.json, test: test.json"
+    published = "[{system: Theirs, source: a paper, protocol: the same, metrics: {AUC: 0.6}}]"
+    task = tmp_path / "yes.yaml"
+    task.write_text(f"version: 1\nabout: a toy\ndata: {{{fields}}}\npublished: {published}\n")
+    asked = ["evaluate", tmp_path / "run", "--task", task, "--data-dir", tmp_path]
+    ended = penchant(*asked, "--json", tmp_path / "r.json", "--html", tmp_path / "r.html")
+    assert ended.code == 0, ended.err
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [row["system"] for row in report["rows"]] == ["llm yes_no", "the share of yes in training"]
+    assert set(report["rows"][0]["metrics"]) == {"AUC", "log loss", "accuracy"}
+    assert report["published"][0]["metrics"] == {"AUC": 0.6}
+    refused = penchant(*asked, "-k", 3)
+    assert refused.code == 2
+    assert "a yes/no task ranks nothing" in refused.err
+    assert penchant(*asked[:-2]).code == 2

@@ -181,7 +181,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         read_data(load_task("beauty"))
     with pytest.raises(DataError, match=r"Beauty\.txt: no such file"):
         read_data(load_task("beauty"), tmp_path)
-    with pytest.raises(ConfigError, match="yes_no recipe"):
+    with pytest.raises(ConfigError, match="eval/tallrec"):
         read_data(load_task("tallrec-movie"), tmp_path)
 
 

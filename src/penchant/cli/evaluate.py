@@ -12,12 +12,16 @@ from penchant.cli.console import progress
 from penchant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import polars as pl
 
     from penchant.data.history import Targets
+    from penchant.evaluation.baselines import FittedSystem
     from penchant.evaluation.evaluate import Protocol
     from penchant.evaluation.report import Report
-    from penchant.recommend import Recommender
+    from penchant.evaluation.tasks import Task
+    from penchant.recommend import Recommender, Stages
 
 
 def evaluate_command(
@@ -45,6 +49,10 @@ def evaluate_command(
         str | None,
         typer.Option(help="mask: seen items are not recommended; keep: repeats count. Default: the task's, or mask."),
     ] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(help="Also fit and tune these, e.g. bm25,item_knn,ease, and test ours against the best of them."),
+    ] = None,
     slice_by: Annotated[list[str] | None, typer.Option(help="An item column to slice by; may be repeated.")] = None,
     users: Annotated[Path | None, typer.Option(help="CSV of users to slice by: user_id and further columns.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the report, with machine and versions, here.")] = None,
@@ -59,16 +67,30 @@ def evaluate_command(
 
     _check_choices(average, seen, html, markdown)
     model = Recommender.load(run)
+    if task is not None and (asked := _yes_no_task(task)) is not None:
+        ranking: dict[str, object] = {
+            "--lists": lists,
+            "-k": k,
+            "--llm-users": llm_users,
+            "--average": average,
+            "--seen": seen,
+        }
+        ranking |= {"--slice-by": slice_by, "--users": users, "--baselines": baselines}
+        report = _evaluate_yes_no(model, asked, data_dir, seed or 0, [n for n, v in ranking.items() if v is not None])
+        typer.echo(report.to_text())
+        _write(report, json, html, markdown)
+        return
     targets, protocol, published = _asked(model, task, data_dir)
     given: dict[str, Any] = {"k": k, "llm_users": llm_users, "seed": seed, "average": average, "seen": seen}
     own, protocol = protocol, replace(protocol, **{name: v for name, v in given.items() if v is not None})
     if lists is not None:
-        if llm_users:
-            raise ConfigError(
-                "no LLM ranks a table of recommendations",
-                where="evaluate, --llm-users",
-                remedy="give --lists or --llm-users, and not both",
-            )
+        for name, value in (("--llm-users", llm_users), ("--baselines", baselines)):
+            if value:
+                raise ConfigError(
+                    "a table of recommendations is set beside popularity alone",
+                    where=f"evaluate, {name}",
+                    remedy=f"give --lists or {name}, and not both",
+                )
         from penchant.evaluation.evaluate_lists import evaluate_lists
 
         report = evaluate_lists(
@@ -78,14 +100,17 @@ def evaluate_command(
         from penchant.evaluation.evaluate import evaluate
 
         with progress() as stages:
+            fitted = _fit_baselines(model, baselines, protocol, stages)
             report = evaluate(
                 model,
                 targets,
+                baselines=[one.system for one in fitted],
                 **{part.name: getattr(protocol, part.name) for part in fields(protocol)},
                 item_columns=slice_by or (),
                 users=_read_users(users),
                 stages=stages,
             )
+        _add_tuning(report, fitted)
     _add_published(report, published, own, protocol, lists=lists is not None)
     typer.echo(report.to_text())
     _write(report, json, html, markdown)
@@ -130,6 +155,79 @@ def _asked(
     asked = asked_of(task, model.split, data_dir)
     published = [one.model_dump(mode="json") for one in task.published]
     return asked.targets, asked.protocol(task, task.seeds[0]), published
+
+
+def _yes_no_task(name: str) -> Task | None:
+    """The task, where it is one of single answers and not a ranking."""
+    from penchant.evaluation.tasks import load_task
+
+    task = load_task(name)
+    return task if task.data.kind == "tallrec" else None
+
+
+def _evaluate_yes_no(model: Recommender, task: Task, data_dir: Path | None, seed: int, given: list[str]) -> Report:
+    """The answers of the run's own LLM and templates to the task's rows; its data and encoder take no part."""
+    from penchant.evaluation.readers import YesNo, read_yes_no
+    from penchant.evaluation.yes_no import answer_margins, yes_no_report
+
+    if given:
+        raise ConfigError(
+            "a yes/no task ranks nothing", where=f"evaluate, {given[0]}", remedy="leave the option out, or give no task"
+        )
+    if not isinstance(task.data, YesNo) or data_dir is None:
+        raise ConfigError("the task reads files", where=task.about, remedy="give --data-dir")
+    rows, train = (read_yes_no(task.data, part, data_dir) for part in ("test", "train"))
+    with progress() as stages:
+        margins = answer_margins(
+            model.engine,
+            model.templates,
+            rows,
+            prompt_tokens=model.config.prompt_tokens,
+            progress=stages("ask the LLM", len(rows)),
+        )
+    report = yes_no_report(margins, rows, train, seed=seed)
+    report.settings.update(templates=model.templates.hash(), model=model.fingerprint, engine=model.engine_source)
+    report.published.extend(one.model_dump(mode="json") for one in task.published)
+    return report
+
+
+def _fit_baselines(model: Recommender, names: str | None, protocol: Protocol, stages: Stages) -> Sequence[FittedSystem]:
+    """The baselines named, fitted on the run's own split and vectors; none where none is named."""
+    if not names:
+        return []
+    from penchant.evaluation.baselines import NAMES, Name, fit_baselines
+    from penchant.interest.vectors import standardise
+
+    known: dict[str, Name] = {name: name for name in NAMES if name != "llm"}  # the run's own LLM has its rows
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        raise ConfigError(
+            f"unknown baseline {unknown[0]!r}" if unknown else "no baseline is named",
+            where="evaluate, --baselines",
+            remedy=f"use some of {', '.join(known)}; separated by commas",
+        )
+    n_items = model.log.n_items
+    return fit_baselines(
+        model.split,
+        which=[known[name] for name in wanted],
+        texts=model.texts[:n_items],
+        vectors=standardise(model.vectors[:n_items]),
+        seed=protocol.seed,
+        seen=protocol.seen,
+        seen_last=protocol.seen_last,
+        stages=stages,
+    )
+
+
+def _add_tuning(report: Report, fitted: Sequence[FittedSystem]) -> None:
+    """What was tried for each baseline, and within which budget."""
+    from penchant.evaluation.baselines import trial_rows
+
+    for one in fitted:
+        report.trials.extend(trial_rows(one.to_dict()))
+    if fitted:
+        report.notes.append(f"baselines tuned on validation NDCG@10, each {fitted[0].budget}; ours as the run has it")
 
 
 def _add_published(

@@ -30,6 +30,7 @@ from penchant.evaluation.baselines import (
     Validation,
     fit_baselines,
     popularities_that_flatter,
+    trial_rows,
 )
 from penchant.evaluation.baselines.events import TrainingEvents
 from penchant.evaluation.baselines.sasrec import SASRec
@@ -319,16 +320,8 @@ class Comparison:
             n_examples=0,  # rows of the data are no part of a result
             stages=self.stages,
         )
-        report.trials.extend(
-            {
-                "system": one.ranked.system,
-                "config": trial["config"],
-                "valid_ndcg@10": trial["valid_ndcg"],
-                "seconds": trial["seconds"],
-            }
-            for one in done.values()
-            for trial in one.record["fit"]["trials"]
-        )
+        for one in done.values():
+            report.trials.extend(trial_rows(one.record["fit"]))
         if any(one.ranked.system == "popularity" for one in theirs.values()):
             table = Table(protocol.k, self.split.log.n_items, self.asked.targets.user, protocol.average, protocol.seed)
             for system in popularities_that_flatter(self.split):

@@ -25,6 +25,7 @@ from penchant.evaluation.leaks import check_run
 from penchant.evaluation.llm_stage import LLMStage, run_llm_stage
 from penchant.evaluation.notes import protocol_notes
 from penchant.evaluation.ours import own_systems
+from penchant.evaluation.pointwise import value_rows
 from penchant.evaluation.ranking import Ranked, Seen, rank_targets
 from penchant.evaluation.report import Cost, Report, Row
 from penchant.evaluation.rows import Average, Table, corrected
@@ -104,7 +105,8 @@ def evaluate(
     ``llm_users`` targets, drawn with ``seed``, go through the LLM stage (0: none do). ``average``: events count
     alike, or users do. ``seen``, ``seen_last`` and ``candidates`` are those of ``rank_targets``. ``baselines`` stand
     beside the built-in ones, and ours is tested against the best of them. ``slices`` also by ``item_columns`` and
-    by every column of ``users`` (a table with user_id). ``n_examples`` real users are shown with their titles.
+    by every column of ``users`` (a table with user_id). ``n_examples`` real users are shown with their titles. An
+    encoder that learns values (loss mse, or bce with a value) is judged by these too, in a group of their own.
 
     Raises DataError where there are no targets, one is a training event, or the leak check finds something.
     """
@@ -113,7 +115,9 @@ def evaluate(
     check_targets(model, targets)
     checked = check_run(model)
     begun = time.perf_counter()
-    ranked = [protocol.rank(system, targets, stages) for system in (*own_systems(model), *baselines)]
+    given = {system.name for system in baselines}  # popularity may be one of them
+    systems = [*(system for system in own_systems(model) if system.name not in given), *baselines]
+    ranked = [protocol.rank(system, targets, stages) for system in systems]
     seconds = {"encoder and baselines": time.perf_counter() - begun}
     report = tabulate(
         model.split,
@@ -130,6 +134,7 @@ def evaluate(
         n_examples=n_examples,
         stages=stages,
     )
+    report.rows.extend(value_rows(model, targets, seed))
     report.notes.append(checked.note())
     return report
 

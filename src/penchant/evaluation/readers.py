@@ -143,7 +143,7 @@ class YesNo(_Reader):
         raise ConfigError(
             "a yes/no task has no catalogue to rank",
             where=f"task data {self.folder}",
-            remedy="run it with the yes_no recipe",
+            remedy="train and score it with eval/tallrec.py, or score a run with penchant evaluate RUN --task",
         )
 
 

@@ -125,7 +125,7 @@ def read_data(task: Task, data_dir: Path | None = None) -> Dataset:
 def split_of(task: Task, dataset: Dataset) -> Split:
     """The task's split; ConfigError where its options don't fit."""
     if task.split is None:
-        raise ConfigError("the task has no split", where=task.about, remedy="run it with the yes_no recipe")
+        raise ConfigError("the task has no split", where=task.about, remedy="run eval/tallrec.py")
     try:
         if task.split.kind == "global-time":
             return global_time(dataset, **task.split.options)

@@ -3,7 +3,7 @@
 from penchant.evaluation.baselines.fit import NAMES, Baselines, Name, fit_baselines
 from penchant.evaluation.baselines.grids import Grids
 from penchant.evaluation.baselines.popularity import popularities_that_flatter
-from penchant.evaluation.baselines.tune import Budget, FittedSystem, Trial, Validation
+from penchant.evaluation.baselines.tune import Budget, FittedSystem, Trial, Validation, trial_rows
 
 __all__ = [
     "NAMES",
@@ -16,4 +16,5 @@ __all__ = [
     "Validation",
     "fit_baselines",
     "popularities_that_flatter",
+    "trial_rows",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -86,6 +86,19 @@ class FittedSystem:
             "budget": asdict(self.budget),
             "validation_targets": self.targets,
         }
+
+
+def trial_rows(fit: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a report shows of a system's tuning, from its ``FittedSystem.to_dict``."""
+    return [
+        {
+            "system": fit["system"],
+            "config": trial["config"],
+            "valid_ndcg@10": trial["valid_ndcg"],
+            "seconds": trial["seconds"],
+        }
+        for trial in fit["trials"]
+    ]
 
 
 @dataclass(frozen=True, eq=False)
