@@ -83,6 +83,8 @@ def main(
             given = [int(part) for part in seeds.split(",")]
         except ValueError as error:
             raise ConfigError(f"cannot read {seeds!r}", where="--seeds", remedy="write e.g. 0,1,2") from error
+        if len(set(given)) != len(given):
+            raise ConfigError(f"a seed of {seeds!r} is named twice", where="--seeds", remedy="name each once")
         loaded = {name: task.model_copy(update={"seeds": given}) for name, task in loaded.items()}
 
     @cache

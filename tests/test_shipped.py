@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+from penchant.errors import ConfigError
 from penchant.evaluation.tasks import load_task
 from penchant.resources import shipped
 from penchant.run_folder import FitConfig
@@ -36,6 +37,12 @@ def test_the_suites_are_of_shipped_tasks_that_can_be_ranked(benchmark: ModuleTyp
     # Every shipped ranking task is in one of them.
     ranked = {path.stem for path in shipped("tasks").glob("*.yaml") if load_task(path.stem).split is not None}
     assert ranked == set(named)
+
+
+def test_a_seed_of_the_command_line_counts_once(benchmark: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is named twice"):
+        benchmark.main(tasks=["ml-100k-quick"], out=tmp_path, seeds="0,1,0")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", sorted(shipped("configs").glob("fit-*.yaml")), ids=lambda p: p.stem)

@@ -240,3 +240,10 @@ def test_real_yes_no_rows() -> None:
         assert len(rows) == n
         assert {len(row.liked) + len(row.disliked) for row in rows} == {10}
         assert positive is None or sum(row.label for row in rows) == positive
+
+
+def test_a_seed_counts_once() -> None:
+    data = {"kind": "tables", "folder": "t", "interactions": "a.csv", "items": "b.csv"}
+    with pytest.raises(ValueError, match="a seed is named twice"):
+        task(data=data, seeds=[0, 1, 0])
+    assert task(data=data, seeds=[0, 1]).seeds == [0, 1]

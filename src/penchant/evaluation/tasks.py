@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from penchant.data.dataset import Dataset
 from penchant.data.history import Targets
@@ -95,6 +95,13 @@ class Task(_Part):
     budget: BudgetTask = Field(default_factory=BudgetTask)
     seconds: float | None = Field(default=None, gt=0, description="no further system is begun after so many seconds")
     published: list[Published] = Field(default_factory=list)
+
+    @field_validator("seeds")
+    @classmethod
+    def _differ(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("a seed is named twice: its spread would be smaller than it is")
+        return seeds
 
     @property
     def hash(self) -> str:
