@@ -55,6 +55,9 @@ def evaluate_command(
     ] = None,
     slice_by: Annotated[list[str] | None, typer.Option(help="An item column to slice by; may be repeated.")] = None,
     users: Annotated[Path | None, typer.Option(help="CSV of users to slice by: user_id and further columns.")] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Of this machine, in any currency: the costs then say what 1,000 users cost.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the report, with machine and versions, here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write it as one self-contained page (.html).")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write it as Markdown (.md).")] = None,
@@ -74,8 +77,11 @@ def evaluate_command(
             "--llm-users": llm_users,
             "--average": average,
             "--seen": seen,
+            "--slice-by": slice_by,
+            "--users": users,
+            "--baselines": baselines,
+            "--price-per-hour": price_per_hour,
         }
-        ranking |= {"--slice-by": slice_by, "--users": users, "--baselines": baselines}
         report = _evaluate_yes_no(model, asked, data_dir, seed or 0, [n for n, v in ranking.items() if v is not None])
         typer.echo(report.to_text())
         _write(report, json, html, markdown)
@@ -84,7 +90,11 @@ def evaluate_command(
     given: dict[str, Any] = {"k": k, "llm_users": llm_users, "seed": seed, "average": average, "seen": seen}
     own, protocol = protocol, replace(protocol, **{name: v for name, v in given.items() if v is not None})
     if lists is not None:
-        for name, value in (("--llm-users", llm_users), ("--baselines", baselines)):
+        for name, value in (
+            ("--llm-users", llm_users),
+            ("--baselines", baselines),
+            ("--price-per-hour", price_per_hour),
+        ):
             if value:
                 raise ConfigError(
                     "a table of recommendations is set beside popularity alone",
@@ -108,6 +118,7 @@ def evaluate_command(
                 **{part.name: getattr(protocol, part.name) for part in fields(protocol)},
                 item_columns=slice_by or (),
                 users=_read_users(users),
+                price_per_hour=price_per_hour,
                 stages=stages,
             )
         _add_tuning(report, fitted)

@@ -21,10 +21,11 @@ from penchant.data.split import Split
 from penchant.errors import ConfigError, DataError
 from penchant.evaluation import beyond
 from penchant.evaluation.examples import examples
+from penchant.evaluation.latency import check_price, request_milliseconds, with_latency
 from penchant.evaluation.leaks import check_run
-from penchant.evaluation.llm_stage import LLMStage, run_llm_stage
+from penchant.evaluation.llm_stage import LLMStage, fused_name, run_llm_stage
 from penchant.evaluation.notes import protocol_notes
-from penchant.evaluation.ours import own_systems
+from penchant.evaluation.ours import ENCODER, own_systems
 from penchant.evaluation.pointwise import value_rows
 from penchant.evaluation.ranking import Ranked, Seen, rank_targets
 from penchant.evaluation.report import Cost, Report, Row
@@ -98,6 +99,7 @@ def evaluate(
     item_columns: Sequence[str] = (),
     users: pl.DataFrame | None = None,
     n_examples: int = 10,
+    price_per_hour: float | None = None,
     stages: Stages = silent,
 ) -> Report:
     """Recall@k, NDCG@k and MRR with 95% intervals, on ``targets`` (the split's test targets by default).
@@ -106,11 +108,13 @@ def evaluate(
     alike, or users do. ``seen``, ``seen_last`` and ``candidates`` are those of ``rank_targets``. ``baselines`` stand
     beside the built-in ones, and ours is tested against the best of them. ``slices`` also by ``item_columns`` and
     by every column of ``users`` (a table with user_id). ``n_examples`` real users are shown with their titles. An
-    encoder that learns values (loss mse, or bce with a value) is judged by these too, in a group of their own.
+    encoder that learns values (loss mse, or bce with a value) is judged by these too, in a group of their own. With
+    ``price_per_hour`` of the machine, in any currency, the costs say what a thousand users cost.
 
     Raises DataError where there are no targets, one is a training event, or the leak check finds something.
     """
     protocol = Protocol(k, llm_users, seed, average, seen, seen_last, candidates)
+    check_price(price_per_hour)
     targets = model.split.test if targets is None else targets
     check_targets(model, targets)
     checked = check_run(model)
@@ -135,6 +139,10 @@ def evaluate(
         stages=stages,
     )
     report.rows.extend(value_rows(model, targets, seed))
+    took = {ENCODER: request_milliseconds(model, targets, llm=False)}
+    if llm_users:
+        took[fused_name(model.fusion)] = request_milliseconds(model, targets, llm=True)
+    report.costs[:] = with_latency(report.costs, took, price_per_hour)
     report.notes.append(checked.note())
     return report
 

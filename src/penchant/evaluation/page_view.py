@@ -31,6 +31,12 @@ _BEYOND = {
     "duplicates": "duplicates",
     "invalid": "invalid",
 }
+# Shown where they were measured.
+_COSTS = {
+    "p50_ms": "one request, p50 ms",
+    "p99_ms": "one request, p99 ms",
+    "price_per_1000_users": "price per 1,000 users",
+}
 # History shown before the rest is folded, newest last.
 _RECENT = 12
 
@@ -334,6 +340,7 @@ def _costs(costs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
     group = max(found, key=lambda name: len(found[name].keys() & set(systems)), default="")
     chosen = found.get(group, {})
     metric = _primary(_names(chosen.values()))
+    further = [key for key in _COSTS if any(_known(cost.get(key)) for cost in costs)]
     points, table, absent = [], [], []
     for cost, system in zip(costs, systems, strict=True):
         seconds = cost.get("seconds_per_1000_users")
@@ -349,9 +356,11 @@ def _costs(costs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
                 Cell(_amount(seconds)),
                 Cell(_amount(cost.get("tokens_per_1000_users"))),
                 Cell(_amount(cost.get("fit_seconds"))),
+                *(Cell(_amount(cost.get(key))) for key in further),
             ]
         )
     head = ["system", metric or "quality", "seconds per 1,000 users", "tokens per 1,000 users", "seconds to fit"]
+    head += [_COSTS[key] for key in further]
     return Costs(metric, group, points, Table("", head, table), absent)
 
 

@@ -40,12 +40,18 @@ class SliceRow:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a system takes: seconds and LLM tokens for a thousand users, and the seconds of fitting it once."""
+    """What a system takes: seconds and LLM tokens for a thousand users, and the seconds of fitting it once.
+
+    ``p50_ms`` and ``p99_ms`` are milliseconds of single requests; ``price_per_1000_users`` has the price's currency.
+    """
 
     system: str
     seconds_per_1000_users: float
     tokens_per_1000_users: float | None = None
     fit_seconds: float | None = None
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    price_per_1000_users: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
