@@ -1,49 +1,43 @@
 """TALLRec's few-shot protocol: AUC on its test examples after training on 16, 64, 256 or all of its training examples.
 
-    python eval/tallrec.py --data-dir data/tallrec/movie --size 16 --size 64 --size 256 --seeds 3 \
+    python eval/tallrec.py --data-dir data --size 16 --size 64 --size 256 --seeds 3 \
         --work runs/tallrec --out eval/results/tallrec-movie.json
 
-Examples are drawn by seed from train.json.gz, the epoch is chosen on valid.json.gz, and test.json.gz is scored once
-a run: log p(Yes) - log p(No) in one forward an example. Published: TALLRec (LLaMA-7B) .6724, .6748 and .7198 with
-16, 64 and 256 examples; SASRec .5043, .5048 and .5225 (TALLRec's README; Bao et al. 2023).
-What is measured is kept in --work.
+Examples are drawn by seed from the task's training rows (eval/tasks/tallrec-movie.yaml), the epoch is chosen on its
+validation rows, and its test rows are scored once a run: log p(Yes) - log p(No) in one forward a row. What is published
+stands in the task. What is measured is kept in --work.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from scipy import stats
 
-from penchant.environment import environment
+from penchant.environment import commit_of, environment
+from penchant.errors import ConfigError
+from penchant.evaluation.readers import YesNo, YesNoRow, folder_of, read_yes_no
+from penchant.evaluation.tasks import load_task
+from penchant.evaluation.yes_no import answer_margins, yes_no_report
 from penchant.files import read_json, sha256_file, write_json
-from penchant.metrics import auc
 from penchant.training.checkpoints import load_checkpoint
 from penchant.training.config import YesNoConfig
 from penchant.training.loop import Loop, make_accelerator
 from penchant.training.recipe import Recipe
-from penchant.training.rows import Row
 from penchant.training.settings import read_settings
-from penchant.training.student import Student
-from penchant.training.validation import label_scores
-from penchant.training.yes_no import answer_tokens, example_row, read_examples
+from penchant.training.validation import engine_of
 
-PUBLISHED = {
-    "TALLRec (LLaMA-7B)": {"16": 0.6724, "64": 0.6748, "256": 0.7198},
-    "SASRec": {"16": 0.5043, "64": 0.5048, "256": 0.5225},
-    "GRU-BERT": {"16": 0.5085, "64": 0.5165, "256": 0.5344},
-}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def main(
     context: typer.Context,
-    data_dir: Annotated[Path, typer.Option(help="Folder of train, valid and test.json.gz.")],
+    data_dir: Annotated[Path, typer.Option(help="Folder that holds tallrec/, or that folder itself.")],
     work: Annotated[Path, typer.Option(help="Folder of the runs and of what was measured.")],
     out: Annotated[Path, typer.Option(help="The JSON file to write.")],
     size: Annotated[list[int], typer.Option(help="Training examples; 0: all.")],
@@ -52,9 +46,12 @@ def main(
 ) -> None:
     """Train and score each size and seed. Every setting of yes_no is an option too."""
     base = read_settings(YesNoConfig, config, context.args)
-    base = base.model_copy(
-        update={"examples": str(data_dir / "train.json.gz"), "valid_examples": str(data_dir / "valid.json.gz")}
-    )
+    task = load_task("tallrec-movie")
+    data, folder = task.data, folder_of(task.data, data_dir)
+    if not isinstance(data, YesNo) or folder is None:
+        raise ConfigError("the task is not one of yes and no", where="tallrec-movie")
+    base = base.model_copy(update={"examples": str(folder / data.train), "valid_examples": str(folder / data.valid)})
+    test, train = (read_yes_no(data, part, data_dir) for part in ("test", "train"))
     runs = []
     for n in [None, *size]:
         for seed in range(seeds if n is not None else 1):
@@ -62,7 +59,7 @@ def main(
             label = "untuned" if n is None else "all" if n == 0 else str(n)
             kept = work / f"{label}-{seed}.json"
             if not kept.is_file():
-                write_json(kept, _run(settings, data_dir, work / f"{label}-{seed}", tune=n is not None))
+                write_json(kept, _run(settings, test, train, work / f"{label}-{seed}", tune=n is not None))
             runs.append({"examples": label, "seed": seed, **read_json(kept)})
             typer.echo(runs[-1])
     summary = {
@@ -73,17 +70,20 @@ def main(
         out,
         {
             "auc": summary,
-            "published": PUBLISHED,
+            "published": [one.model_dump(mode="json") for one in task.published],
             "runs": runs,
             "settings": base.model_dump(mode="json", exclude={"examples", "valid_examples"}),
-            "files": {p.name: sha256_file(p) for p in sorted(data_dir.glob("*.json.gz"))},
+            "files": {name: sha256_file(folder / name) for name in (data.train, data.valid, data.test)},
+            **commit_of(Path(__file__).resolve().parent),
             "environment": environment(),
         },
     )
     typer.echo(str(out))
 
 
-def _run(settings: YesNoConfig, data_dir: Path, folder: Path, *, tune: bool) -> dict[str, Any]:
+def _run(
+    settings: YesNoConfig, test: list[YesNoRow], train: list[YesNoRow], folder: Path, *, tune: bool
+) -> dict[str, Any]:
     recipe = Recipe("yes_no", settings, None)
     trained: dict[str, Any] = {}
     if tune:
@@ -93,38 +93,19 @@ def _run(settings: YesNoConfig, data_dir: Path, folder: Path, *, tune: bool) -> 
         load_checkpoint(loop.best_checkpoint(), recipe.student, None)
         trained = {"steps": outcome.steps, "best_step": outcome.best_step, "train_seconds": outcome.seconds}
         trained["valid_auc"] = (outcome.best or {}).get("AUC")
-    labels = answer_tokens(recipe.templates, recipe.codec)
-    rows = [
-        example_row(example, recipe.templates, recipe.codec, settings, labels)
-        for example in read_examples(data_dir / "test.json.gz")
-    ]
+    recipe.student.eval()
+    engine = engine_of(recipe.student, recipe.tokenizer)
     begun = time.perf_counter()
-    value, low, high = _auc(recipe.student, rows, settings.pack_tokens)
+    margins = answer_margins(engine, recipe.templates, test, prompt_tokens=settings.prompt_tokens)
+    seconds = round(time.perf_counter() - begun, 1)
+    found = yes_no_report(margins, test, train).rows[0].metrics
     return {
-        "auc": value,
-        "low": low,
-        "high": high,
-        "n_test": len(rows),
-        "test_seconds": round(time.perf_counter() - begun, 1),
+        "auc": found["AUC"].mean,
+        "metrics": {name: asdict(one) for name, one in found.items()},
+        "n_test": len(test),
+        "test_seconds": seconds,
         **trained,
     }
-
-
-def _auc(student: Student, rows: list[Row], pack_tokens: int) -> tuple[float, float, float]:
-    """AUC and its 95% bootstrap interval over test examples."""
-    logp = label_scores(student, rows, pack_tokens)
-    scores = logp[:, 0] - logp[:, 1]
-    truth = np.array([row.label[0] == row.choices[0] for row in rows])
-    interval = stats.bootstrap(
-        (scores, truth),
-        lambda s, t: auc(np.asarray(s), np.asarray(t)),
-        paired=True,
-        vectorized=False,
-        n_resamples=1000,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return auc(scores, truth), float(interval.low), float(interval.high)
 
 
 def _spread(values: list[float]) -> dict[str, float]:

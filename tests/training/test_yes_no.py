@@ -16,10 +16,14 @@ from tests.training.test_choose import Fixed
 
 from penchant.data.dataset import Dataset
 from penchant.errors import ConfigError, DataError
+from penchant.evaluation.readers import YesNo, read_yes_no
+from penchant.evaluation.yes_no import answer_margins
 from penchant.prompt import Templates
 from penchant.training.config import YesNoConfig
 from penchant.training.corpus import Corpus
+from penchant.training.recipe import Recipe
 from penchant.training.rows import Row
+from penchant.training.validation import engine_of, label_scores
 from penchant.training.yes_no import answer_tokens, example_row, read_examples, valid_rows, yes_no_rows
 
 TALLREC = SHARED_DATA / "tallrec"
@@ -267,6 +271,36 @@ def test_as_many_titles_as_the_released_files_name(file: str) -> None:
         mark = '"' if file.startswith("movie") else '" written by'
         counted = history.count(mark) // 2 if mark == '"' else history.count(mark)
         assert len(example.liked) + len(example.disliked) == counted
+
+
+def test_a_test_row_is_scored_as_training_scores_it(byte_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    """Two readers, two ways through the model: the evaluation's answers are those that the recipe is judged by."""
+    rows = [
+        {
+            "input": f'User Preference: "Heat (1995)", "M (1931)"\nUser Unpreference: "Up (2009)"\nWhether the user '
+            f'will like the target movie "{title}"?',
+            "output": "Yes." if i % 2 else "No.",
+        }
+        for i, title in enumerate(["Alien (1979)", "Se7en (1995)", "Aliens (1986)"])
+    ]
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps(rows))
+    recipe = Recipe("yes_no", config(byte_folder, prompts=str(prompts), examples=str(path)), None)
+    labels = answer_tokens(recipe.templates, recipe.codec)
+    trained = [
+        example_row(e, recipe.templates, recipe.codec, recipe.config, labels)  # type: ignore[arg-type]
+        for e in read_examples(path)
+    ]
+    logp = label_scores(recipe.student, trained, 4096)
+    reader = YesNo(kind="tallrec", folder="none", train=path.name, valid=path.name, test=path.name)
+    margins = answer_margins(
+        engine_of(recipe.student, recipe.tokenizer),
+        recipe.templates,
+        read_yes_no(reader, "test", tmp_path),
+        prompt_tokens=700,
+    )
+    assert np.ptp(margins) > 1e-4
+    np.testing.assert_allclose(margins, logp[:, 0] - logp[:, 1], atol=1e-4)
 
 
 def test_the_templates_of_this_folder_have_single_token_labels(prompts: Path) -> None:
