@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from penchant.files import read_json, sha256_text, staged_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What peft can do and vLLM's LoRA cannot, by the key of adapter_config.json; None, False and empty values are fine.
 _NOT_AS_REQUEST = (
     "modules_to_save", "trainable_token_indices", "use_dora", "lora_bias", "alora_invocation_tokens",
@@ -83,6 +85,22 @@ def merged_folder(base: Path, adapter: Path, dtype: str) -> Path:
     return out
 
 
+def kept_adapter(adapter: Path) -> Path:
+    """A copy of a peft adapter in the cache, in a folder that its fingerprint names.
+
+    vLLM reads an adapter's folder when it first needs it and once more after it has dropped it, and tells adapters apart
+    by name, number and path: one trained again in its place would be served with the old weights, or the new ones to
+    whoever holds the old.
+    """
+    _require_files(adapter)
+    out = cache_folder() / "adapters" / fingerprint_of(adapter)
+    if not out.is_dir():
+        with staged_folder(out) as stage:
+            for name in (_CONFIG, _WEIGHTS):
+                shutil.copyfile(adapter / name, stage / name)
+    return out
+
+
 def require_own_base(adapter: Path, base: Path) -> None:
     """ModelError where our card says another base: an adapter fits any model of its shapes."""
     trained_on = (read_card(adapter) or {}).get("base")
@@ -97,7 +115,7 @@ def require_own_base(adapter: Path, base: Path) -> None:
 def check_request(adapter: Path, base: Path, max_rank: int) -> None:
     """ModelError for an adapter that vLLM would refuse, drop parts of, or die of, as a LoRA request on this base."""
     _require_files(adapter)
-    config = read_json(adapter / "adapter_config.json")
+    config = read_json(adapter / _CONFIG)
     where, alone = str(adapter), f"load it alone, merged: load_engine(model, {str(adapter)!r}, backend='vllm')"
     if config.get("peft_type") != "LORA":
         raise ModelError(f"is no LoRA adapter but {config.get('peft_type')!r}", where=where, remedy=alone)
@@ -139,16 +157,14 @@ def check_request(adapter: Path, base: Path, max_rank: int) -> None:
 
 def _shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
     try:
-        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as weights:
+        with safe_open(adapter / _WEIGHTS, framework="pt") as weights:
             return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(f"cannot be read: {error}", where=str(adapter), remedy="save the adapter again") from error
 
 
 def _require_files(folder: Path) -> None:
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError("has no adapter_config.json", where=str(folder), remedy="give a peft adapter's folder")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            "has no adapter_model.safetensors", where=str(folder), remedy="save it with peft's save_pretrained"
-        )
+    if not (folder / _CONFIG).is_file():
+        raise ModelError(f"has no {_CONFIG}", where=str(folder), remedy="give a peft adapter's folder")
+    if not (folder / _WEIGHTS).is_file():
+        raise ModelError(f"has no {_WEIGHTS}", where=str(folder), remedy="save it with peft's save_pretrained")

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from penchant.adapter_card import check_vectors
 from penchant.catalog_trie import CatalogTrie
-from penchant.engine.adapters import check_request
+from penchant.engine.adapters import check_request, kept_adapter
 from penchant.engine.asking import Ask, Known
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
 from penchant.engine.common import check_finite, check_pooling, check_search, encoded, paired, searches
-from penchant.engine.folders import fingerprint_of, resolve_adapter
+from penchant.engine.folders import resolve_adapter
 from penchant.engine.search import Search
 from penchant.engine.vllm_options import VllmOptions
 from penchant.engine.vllm_runner import Counts, Lora, Runner
@@ -107,7 +107,8 @@ class VllmEngine:
     def with_adapter(self, adapter: str | Path) -> VllmEngine:
         """The same runners with an adapter (a folder or hub id in peft's format) on every request.
 
-        ModelError where it is not one that vLLM can serve so: it is looked at before the engine could die of it.
+        ModelError where it is not one that vLLM can serve so: it is looked at before the engine could die of it. What is
+        served is the adapter as it is now, from a copy in the cache.
         """
         if not self._options.max_lora_rank:
             raise ConfigError(
@@ -117,11 +118,12 @@ class VllmEngine:
             raise ConfigError("there is an adapter already", where=str(adapter), remedy="ask the base's engine")
         folder = resolve_adapter(adapter)
         check_request(folder, self._folder, self._options.max_lora_rank)
+        kept = kept_adapter(folder)
         engine = copy.copy(self)
         base, _, dtype = self.fingerprint.partition(":")
-        engine.fingerprint = f"{base}+{fingerprint_of(folder)}:{dtype}"
+        engine.fingerprint = f"{base}+{kept.name}:{dtype}"
         engine.source = None if self.source is None else self.source | {"adapter": str(adapter)}
-        engine._lora = self._runners.lora(folder)
+        engine._lora = self._runners.lora(kept)
         return engine
 
     # -- score ---------------------------------------------------------------------------------
@@ -292,7 +294,7 @@ class _Runners:
         return self._pooling
 
     def lora(self, folder: Path) -> Lora:
-        folder = folder.resolve()
+        """The request's name of an adapter that ``kept_adapter`` gave: its folder never changes."""
         if folder not in self._loras:
             number = len(self._loras) + 1
             self._loras[folder] = Lora(f"{number}-{folder.name}", number, folder)
