@@ -130,6 +130,9 @@ def test_an_adapter_that_changes_nothing_is_not_merged(byte_folder: Path, tmp_pa
         ({"tensor_parallel": 2}, "(?s)vLLM option tensor_parallel: extra inputs.*tensor_parallel_size"),
         ({"gpu_memory_utilization": 1.5}, "less than or equal to 1"),
         ({"quantization": "int1"}, "vLLM option quantization"),
+        (["max_model_len"], "(?s)vLLM options: is .*give a dict"),
+        ("max_model_len", "(?s)vLLM options: is .*give a dict"),
+        ({1: 2}, "(?s)vLLM options: is .*give a dict"),
     ],
 )
 def test_options_that_break_scores_or_mean_nothing_are_refused(options: Any, said: str) -> None:

@@ -1,10 +1,10 @@
-"""The vLLM engine around its runner: what it asks in which order, and for which adapter; a stub answers for vLLM, which is
+"""The vLLM engine around its runner: what it asks, in which order, for which adapter. A stub answers for vLLM, which is
 run for real in tests/contract."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import pytest
 from tests import tiny
 from tests.engine.blocks import Blocks
 
+from penchant.catalog_trie import CatalogTrie
 from penchant.engine import vllm as module
 from penchant.engine.asking import Answer, Ask
 from penchant.engine.folders import fingerprint_of
 from penchant.engine.loading import load_engine
 from penchant.engine.vllm_runner import Lora
+from penchant.errors import NotFiniteError
 
 
 class StubRunner:
@@ -43,18 +45,21 @@ class StubRunner:
         return [Answer([v - shift for v in a.tokens], [v - shift for v in a.path]) for a in answers]
 
 
+Stubbed = Callable[..., Any]
+
+
 @pytest.fixture
-def _stub(monkeypatch: pytest.MonkeyPatch) -> None:
+def stubbed(byte_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Stubbed:
+    """Loads the tiny model with the options given."""
     monkeypatch.setattr(module, "Runner", StubRunner)
+    return lambda **options: load_engine(byte_folder, dtype="float32", backend="vllm", options=options)
 
 
-def stubbed(folder: Path, **options: Any) -> Any:
-    return load_engine(folder, dtype="float32", backend="vllm", options=options)
-
-
-def test_an_adapter_trained_again_in_its_folder_is_another_one(_stub: None, byte_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_trained_again_in_its_folder_is_another_one(
+    stubbed: Stubbed, byte_folder: Path, tmp_path: Path
+) -> None:
     """And a view of the old one goes on serving the old, which it says it is."""
-    engine = stubbed(byte_folder, max_lora_rank=8)
+    engine = stubbed(max_lora_rank=8)
     adapter = tiny.save_adapter(byte_folder, tmp_path / "a", seed=1)
     old = engine.with_adapter(adapter)
     said = old.score(["Heat"], [["Up", "M"]])[0]
@@ -71,3 +76,23 @@ def test_an_adapter_trained_again_in_its_folder_is_another_one(_stub: None, byte
     loras = [view._lora for view in (old, again, new)]
     assert loras[0] == loras[1]
     assert all(getattr(loras[0], part) != getattr(loras[2], part) for part in ("name", "number", "folder"))
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_an_answer_that_is_no_number_is_an_error_not_asked_for_ever(
+    stubbed: Stubbed, deep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = stubbed(max_lora_rank=0 if deep else 8)
+    runner = engine._runners.generating()
+
+    def nothing(asks: Sequence[Ask], lora: Lora | None = None) -> list[Answer]:
+        runner.asked += asks
+        assert len(runner.asked) < 1000
+        return [Answer([float("nan")] * len(ask.tokens), []) for ask in asks]
+
+    monkeypatch.setattr(runner, "ask", nothing)
+    items = engine.codec.encode_items(tiny.TITLES, "\n")
+    with pytest.raises(NotFiniteError, match="is not a number"):
+        engine.generate(["Heat"], CatalogTrie.build(items), 3)
+    with pytest.raises(NotFiniteError, match="is not a number"):
+        engine.score(["Heat"], [items])

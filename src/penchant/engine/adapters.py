@@ -88,8 +88,8 @@ def merged_folder(base: Path, adapter: Path, dtype: str) -> Path:
 def kept_adapter(adapter: Path) -> Path:
     """A copy of a peft adapter in the cache, in a folder that its fingerprint names.
 
-    vLLM reads an adapter's folder when it first needs it and once more after it has dropped it, and tells adapters apart
-    by name, number and path: one trained again in its place would be served with the old weights, or the new ones to
+    vLLM reads an adapter's folder when it first needs it and again after it has dropped it, and tells adapters apart by
+    name, number and path: one trained again in its place would be served with its old weights, or its new ones to
     whoever holds the old.
     """
     _require_files(adapter)

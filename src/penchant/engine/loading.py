@@ -153,6 +153,7 @@ def _load_vllm(
         fingerprint=f"{fingerprint}:{name}{quantised}",
         n_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
+        vocabulary=int(config.vocab_size),
         source=source | ({"options": chosen.changed()} if chosen.changed() else {}),
     )
 

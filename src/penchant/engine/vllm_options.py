@@ -75,6 +75,10 @@ class VllmOptions(BaseModel):
         """Checked options; ConfigError that says why where one is refused, unknown or out of its range."""
         if isinstance(given, VllmOptions):
             return given
+        if not isinstance(given or {}, Mapping) or not all(isinstance(name, str) for name in given or ()):
+            raise ConfigError(
+                f"is {given!r}", where="vLLM options", remedy="give a dict, such as {'max_model_len': 2048}, by name"
+            )
         given = dict(given or {})
         for name in given:
             if name in _REFUSED:

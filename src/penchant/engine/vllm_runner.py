@@ -136,9 +136,13 @@ class Runner:
     def _working(self, n: int) -> Iterator[None]:
         if self._llm is None:
             raise ModelError("the vLLM engine is closed", where="vLLM", remedy="load the engine again")
+        from vllm.exceptions import VLLMClientError
+
         try:
             with _quiet():
                 yield
+        except VLLMClientError as error:  # it was refused before anything was queued, and what was is taken back
+            raise ModelError(f"refused a request: {error}", where="vLLM", remedy="report this") from error
         except BaseException as error:  # Ctrl-C too: what it leaves in the queue would be answered to the next call
             self.close()
             if isinstance(error, Exception):
