@@ -259,8 +259,10 @@ def test_adapters_that_would_kill_the_engine_are_refused(shared: Pair, base: Pat
     same(shared, prompts(2), [items(shared)] * 2)
 
 
-def test_an_engine_without_room_for_adapters_says_so(merged: Pair, adapters: list[Path]) -> None:
+def test_an_engine_without_room_for_adapters_says_so(pair: Pair, merged: Pair, adapters: list[Path]) -> None:
     with pytest.raises(ConfigError, match="takes no adapters"):
+        pair.vllm.with_adapter(adapters[0])
+    with pytest.raises(ConfigError, match="there is an adapter already"):
         merged.vllm.with_adapter(adapters[0])
 
 

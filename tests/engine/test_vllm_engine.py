@@ -19,7 +19,7 @@ from penchant.engine.asking import Answer, Ask
 from penchant.engine.folders import fingerprint_of
 from penchant.engine.loading import load_engine
 from penchant.engine.vllm_runner import Lora
-from penchant.errors import NotFiniteError
+from penchant.errors import ConfigError, NotFiniteError
 
 
 class StubRunner:
@@ -96,3 +96,17 @@ def test_an_answer_that_is_no_number_is_an_error_not_asked_for_ever(
         engine.generate(["Heat"], CatalogTrie.build(items), 3)
     with pytest.raises(NotFiniteError, match="is not a number"):
         engine.score(["Heat"], [items])
+
+
+def test_a_view_is_loaded_again_with_its_adapter_merged_and_no_room_for_others(
+    stubbed: Stubbed, byte_folder: Path, tmp_path: Path
+) -> None:
+    view = stubbed(max_lora_rank=8, max_num_seqs=4).with_adapter(tiny.save_adapter(byte_folder, tmp_path / "a"))
+    again: Any = load_engine(**view.source)
+    assert again.fingerprint == view.fingerprint
+    _, _, _, options, *_ = again._runners.generating().given
+    assert (options.max_lora_rank, options.max_num_seqs) == (0, 4)
+    assert again.source == view.source | {"options": {"max_num_seqs": 4}}
+    assert any(ask.path for ask in again._runners.generating().asked)  # as fast as without
+    with pytest.raises(ConfigError, match="there is an adapter already"):
+        again.with_adapter(tmp_path / "a")

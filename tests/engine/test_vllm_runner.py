@@ -76,6 +76,29 @@ def test_the_first_cause_is_told_and_no_hearsay(monkeypatch: pytest.MonkeyPatch,
     assert vllm_runner._cause(log.stat().st_size) is None
 
 
+@pytest.mark.parametrize(
+    ("last", "cause"),
+    [
+        ("StopIteration", "StopIteration"),
+        ("AssertionError", "AssertionError"),
+        ("jax.exceptions.Gone: away: for good", "Gone: away: for good"),
+        ("ValueError: of two\nlines", "ValueError: of two"),
+    ],
+)
+def test_a_cause_of_any_name_is_told_also_without_a_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: str, cause: str
+) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(
+        "2026 ERROR vllm: EngineCore hit an exception.\nTraceback (most recent call last):\n"
+        f'  File "x.py", line 3, in step\n    next(it)\n    ~~~~^^^^\n{last}\n'
+        "2026 INFO vllm: shutting down: bye\n"
+        "Traceback (most recent call last):\n  File y\nRuntimeError: Engine core initialization failed.\n"
+    )
+    monkeypatch.setattr(vllm_runner._LOG, "path", log)
+    assert vllm_runner._cause(0) == cause
+
+
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_without_vllm_the_remedy_is_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "0")  # no log is set up for what isn't there

@@ -134,6 +134,8 @@ def _load_vllm(
     from penchant.engine.vllm_options import VllmOptions
 
     chosen = VllmOptions.of(options)
+    if adapter is not None:  # merged, it takes no other, and room for others would only make scoring slow
+        chosen = chosen.model_copy(update={"max_lora_rank": 0})
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"unknown device {device!r}", remedy="use auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which")
     try:

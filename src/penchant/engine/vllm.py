@@ -112,12 +112,12 @@ class VllmEngine:
         ModelError where it is not one that vLLM can serve so: it is looked at before the engine could die of it. It is
         served as it is now, from a copy in the cache.
         """
+        if self._lora is not None or (self.source or {}).get("adapter") is not None:
+            raise ConfigError("there is an adapter already", where=str(adapter), remedy="ask the base's engine")
         if not self._options.max_lora_rank:
             raise ConfigError(
                 "this engine takes no adapters", where=str(adapter), remedy="load it with options={'max_lora_rank': 16}"
             )
-        if self._lora is not None or (self.source or {}).get("adapter") is not None:
-            raise ConfigError("there is an adapter already", where=str(adapter), remedy="ask the base's engine")
         folder = resolve_adapter(adapter)
         check_request(folder, self._folder, self._options.max_lora_rank)
         kept = kept_adapter(folder)
