@@ -227,7 +227,8 @@ class VllmEngine:
             raise ConfigError(
                 f"layer {layer} asked for, and vLLM gives the last one only ({self.n_layers})",
                 where="embed",
-                remedy="embed with the transformers backend, or fit with layer=-1",
+                remedy="fit with `layer: -1` (FitConfig(layer=-1)); serve a run that was fitted at another layer with "
+                "a transformers engine beside this one: Recommender.load(run, engine, embedder=load_engine(model))",
             )
         check_vectors((self.source or {}).get("adapter"), self.n_layers, pooling)
         ids = encoded(self.codec, texts, self._limits)
