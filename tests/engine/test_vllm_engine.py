@@ -29,12 +29,17 @@ class StubRunner:
         self.given = given
         self.max_model_len = 512
         self.closed = False
-        self.asked: list[Ask] = []
+        self.calls: list[list[Ask]] = []
         self.weights: dict[int, bytes] = {}
         self.blocks: dict[str, Blocks] = {}
+        self.off = 0.0  # nats by which what it says of prompt tokens is wrong
+
+    @property
+    def asked(self) -> list[Ask]:
+        return [ask for call in self.calls for ask in call]
 
     def ask(self, asks: Sequence[Ask], lora: Lora | None = None) -> list[Answer]:
-        self.asked += asks
+        self.calls.append(list(asks))
         if lora is None:
             name, shift = "", 0.0
         else:
@@ -42,7 +47,7 @@ class StubRunner:
             read = self.weights.setdefault(lora.number, (lora.folder / "adapter_model.safetensors").read_bytes())
             shift = sum(read) % 97 / 97 + 0.1
         answers = [self.blocks.setdefault(name, Blocks(8)).answer(ask) for ask in asks]
-        return [Answer([v - shift for v in a.tokens], [v - shift for v in a.path]) for a in answers]
+        return [Answer([v - shift for v in a.tokens], [v - shift - self.off for v in a.path]) for a in answers]
 
 
 Stubbed = Callable[..., Any]
@@ -86,8 +91,8 @@ def test_an_answer_that_is_no_number_is_an_error_not_asked_for_ever(
     runner = engine._runners.generating()
 
     def nothing(asks: Sequence[Ask], lora: Lora | None = None) -> list[Answer]:
-        runner.asked += asks
-        assert len(runner.asked) < 1000
+        runner.calls.append(list(asks))
+        assert len(runner.calls) < 100
         return [Answer([float("nan")] * len(ask.tokens), []) for ask in asks]
 
     monkeypatch.setattr(runner, "ask", nothing)
@@ -110,3 +115,52 @@ def test_a_view_is_loaded_again_with_its_adapter_merged_and_no_room_for_others(
     assert any(ask.path for ask in again._runners.generating().asked)  # as fast as without
     with pytest.raises(ConfigError, match="there is an adapter already"):
         again.with_adapter(tmp_path / "a")
+
+
+def families(asked: Sequence[Ask], texts: Sequence[list[int]]) -> list[int]:
+    """Which of the texts each request begins with, runs of the same taken together."""
+    begun = [next(i for i, ids in enumerate(texts) if ask.ids[: len(ids)] == ids) for ask in asked]
+    return [family for place, family in enumerate(begun) if place == 0 or begun[place - 1] != family]
+
+
+@pytest.mark.parametrize("verb", ["score", "generate"])
+def test_what_shares_a_beginning_is_asked_one_after_the_other(stubbed: Stubbed, verb: str) -> None:
+    """A user's candidates, and users whose prompts begin alike: what they share may be thrown out of the cache soon."""
+    engine = stubbed()
+    runner = engine._runners.generating()
+    runner.calls.clear()
+    beginnings = ["Heat " * 4, "Up " * 4, "M " * 4]
+    prompts = [f"{beginnings[i % 3]}{title}" for i, title in enumerate(tiny.TITLES[:12])]
+    items = engine.codec.encode_items(tiny.TITLES, "\n")
+    if verb == "score":
+        engine.score(prompts, [items] * len(prompts))
+    else:
+        engine.generate(prompts, CatalogTrie.build(items), 3)
+    assert len({tuple(ask.ids) for ask in runner.calls[0]}) >= len(prompts)
+    for call in runner.calls:
+        for texts in (prompts, [beginning.strip() for beginning in beginnings]):
+            found = families(call, [engine.codec.encode(text) for text in texts])
+            assert len(found) == len(set(found))
+
+
+def test_where_prompt_log_probabilities_are_wrong_it_falls_back_saying_so(
+    stubbed: Stubbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Off(StubRunner):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.off = 0.5
+
+    right = stubbed()
+    monkeypatch.setattr(module, "Runner", Off)
+    with pytest.warns(UserWarning, match=r"vLLM's prompt log-probabilities are off by [\d.]+ nats here"):
+        engine = stubbed()
+    runner = engine._runners.generating()
+    runner.calls.clear()
+    items = engine.codec.encode_items(tiny.TITLES, "\n")
+    np.testing.assert_allclose(engine.score(["Heat"], [items])[0], right.score(["Heat"], [items])[0], atol=1e-9)
+    trie = CatalogTrie.build(items)
+    assert [g.item for g in engine.generate(["Heat"], trie, 5)[0]] == [
+        g.item for g in right.generate(["Heat"], trie, 5)[0]
+    ]
+    assert not any(ask.path for ask in runner.asked)
