@@ -114,4 +114,8 @@ def test_fitted_with_vllm_it_recommends_the_same_and_is_loaded_with_its_options(
     assert mine.fusion.weight == theirs.fusion.weight
     same(mine.recommend(USERS, k=5), theirs.recommend(USERS, k=5))
     mine.save(tmp_path / "run")
-    assert Recommender.load(tmp_path / "run").engine_source == vllm.source
+    again = Recommender.load(tmp_path / "run")
+    assert again.engine_source == vllm.source
+    same(again.recommend(USERS, k=5), mine.recommend(USERS, k=5))  # by an engine of its own, as its source says
+    assert again.engine.fingerprint == vllm.fingerprint
+    again.engine.close()  # type: ignore[attr-defined]
