@@ -258,6 +258,46 @@ def test_what_cannot_be_embedded_is_refused() -> None:
     with pytest.raises(ModelError, match="another model's"):
         ranked.add_items([NEW])
 
+    ranked.use_embedder(Asked())
+    ranked.add_items([NEW])
+    assert "new" in ranked.with_ranker(Asked()).recommend(text="Up Again (2030)", k=17)["item_id"]
+
+
+class LastLayer(Asked):
+    """As vLLM: it embeds at its last layer only."""
+
+    def embed(self, texts: Any, *, layer: int = -1, **more: Any) -> Any:
+        if layer not in (-1, self.n_layers):
+            raise ConfigError(f"layer {layer} asked for, and there is the last one only")
+        return super().embed(texts, layer=layer, **more)
+
+
+def test_an_engine_without_the_fitted_layer_serves_beside_one_that_embeds(model: Recommender, tmp_path: Path) -> None:
+    item = NEW | {"title": "One that is in no cache (2031)"}
+    model.fusion = Fusion(0.5, 0.5)
+    model.save(tmp_path / "run")
+    model.save(tmp_path / "its own, for its updates")
+    alone = Recommender.load(tmp_path / "run", LastLayer())
+    assert alone.recommend(["u1"], 5).equals(model.recommend(["u1"], 5))
+    for call in (lambda: alone.recommend(text="a comedy"), lambda: alone.add_items([item])):
+        with pytest.raises(ConfigError, match="the last one only"):
+            call()
+    other = Asked()
+    other.fingerprint = "another"
+    with pytest.raises(ModelError, match="the item vectors are the model fake's, and this engine is another"):
+        Recommender.load(tmp_path / "run", LastLayer(), embedder=other)
+    beside = Asked()
+    served = Recommender.load(tmp_path / "run", LastLayer(), embedder=beside)
+    for one in (served, model):
+        one.add_items([item])
+        one.update("u1", [{"item_id": "new", "event_type": "buy", "review": "never heard before"}])
+    assert served.recommend(text="a comedy", k=5).equals(model.recommend(text="a comedy", k=5))
+    assert served.recommend(["u1"], 5).equals(model.recommend(["u1"], 5))
+    np.testing.assert_array_equal(served.vectors, model.vectors)
+    assert (beside.embedded, asked(served).embedded) == (3, 0)
+    ranked = served.with_ranker(LastLayer())  # asked for once, it stays
+    ranked.add_items([item | {"item_id": "newer", "title": "Nor this one (2032)"}])
+
 
 def test_an_evaluation_is_of_the_fit_whatever_came_after(model: Recommender) -> None:
     plain = evaluate(model, llm_users=10, slices=False)

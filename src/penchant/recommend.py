@@ -165,6 +165,8 @@ class Recommender(Updated):
             seconds=dict(self.seconds),
         )
         model.use_engine(engine)
+        if self._other is not None:
+            model.use_embedder(self._other)
         begun = time.perf_counter()
         model.fusion = model._choose_fusion(self.split.valid, stages)
         model.seconds["choose the fusion"] = time.perf_counter() - begun
@@ -353,10 +355,12 @@ class Recommender(Updated):
         self.attach(Path(folder))
 
     @classmethod
-    def load(cls, folder: Path | str, engine: Engine | None = None) -> Recommender:
-        """Open a saved run. The LLM is loaded when it is first needed, or is ``engine``."""
+    def load(cls, folder: Path | str, engine: Engine | None = None, embedder: Engine | None = None) -> Recommender:
+        """Open a saved run. The LLM is loaded when it is first needed, or is ``engine``; see ``use_embedder``."""
         model = cls(**vars(load_run(Path(folder))))
         model.attach(Path(folder))
         if engine is not None:
             model.use_engine(engine)
+        if embedder is not None:
+            model.use_embedder(embedder)
         return model

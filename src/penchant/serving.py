@@ -55,6 +55,7 @@ class Served(Fitted):
         self.word_rows = {text: row for row, text in enumerate(texts)}
         self.removed = np.zeros(n_items, dtype=bool)  # of all items served
         self._engine: Engine | None = None
+        self._other: Engine | None = None  # that embeds in its place
         self._ranker: Ranker | None = None
         self._trie: CatalogTrie | None = None
 
@@ -110,13 +111,28 @@ class Served(Fitted):
             self._trie = CatalogTrie.build(self.ranker.tokens(range(len(self.texts))))
         return self._trie
 
+    def use_embedder(self, engine: Engine) -> None:
+        """Embed new items and texts with this engine, beside one that ranks but can't embed as the item vectors were
+        made (vLLM has no layer but the last); ModelError unless it is the model that made them.
+        """
+        made = self.fingerprint if self.embedder is None else self.embedder["fingerprint"]
+        if engine.fingerprint != made:
+            raise ModelError(
+                f"the item vectors are the model {made}'s, and this engine is {engine.fingerprint}",
+                where="embedder",
+                remedy="load the same model, adapter and dtype",
+            )
+        self._other = engine
+
     def _embedder(self) -> Engine:
-        """The engine that made the item vectors; ModelError where another one ranks."""
+        """The engine that embeds as the item vectors were made; ModelError where only another one is there."""
+        if self._other is not None:
+            return self._other
         if self.embedder is not None and self.embedder["fingerprint"] != self.engine.fingerprint:
             raise ModelError(
                 "the item vectors are another model's than the one that ranks",
                 where="engine",
-                remedy="do this with the run that was fitted with that model, and call with_ranker again",
+                remedy="give that model's engine too: Recommender.load(run, engine, embedder=...) or use_embedder(...)",
             )
         return self.engine
 

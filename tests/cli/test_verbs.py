@@ -503,7 +503,9 @@ def test_doctor_says_what_works_and_why_the_rest_does_not(
     assert f"{tmp_path / 'cache'} (writable" in ended.out
     for name in KNOWN:
         assert f"{name}: not fetched yet" in ended.out
-    assert re.search(r"^vllm +not usable \(.+\); for GPU serving: pip install vllm$", ended.out, re.MULTILINE)
+    assert re.search(
+        r"^vllm +not usable \(.+\); for GPU serving: pip install 'penchant\[vllm\]'$", ended.out, re.MULTILINE
+    )
     assert list(tmp_path.iterdir()) == [], "it looks, and makes nothing"
 
 

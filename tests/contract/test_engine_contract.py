@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.fake_engine import FakeEngine
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine import Engine
 from penchant.engine.loading import load_engine
-from penchant.errors import PenchantError
+from penchant.errors import DataError, PenchantError
 from penchant.tokens import Prompt, Segment
 
 PROMPTS: list[Prompt | str] = [
@@ -180,3 +181,39 @@ def test_beams_name_valid_items_with_their_true_scores_and_wide_ones_find_the_be
             assert g.logprob == pytest.approx(row[g.item], abs=1e-4)
         assert len({g.item for g in narrow}) == len(narrow)
         np.testing.assert_allclose([g.logprob for g in wide], np.sort(row)[::-1][:3], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"allowed": [None]}, "1 masks for 4 prompts"),
+        ({"allowed": [None, None, None, np.ones(3, dtype=bool)]}, r"a mask is bool of shape \(3,\)"),
+        ({"allowed": [None, None, None, np.ones(17)]}, r"a mask is float64 of shape \(17,\)"),
+        ({"bonus": np.zeros(3)}, r"bonus: has shape \(3,\)"),
+        ({"bonus": np.full(17, np.nan)}, "bonus: is not finite"),
+        ({"bonus": np.full(17, -np.inf)}, "bonus: is not finite"),
+    ],
+)
+def test_masks_and_a_bonus_of_another_trie_are_refused(
+    engine: Engine, items: list[tuple[int, ...]], options: Any, said: str
+) -> None:
+    if isinstance(engine, FakeEngine):
+        pytest.skip("the fake engine checks nothing")
+    with pytest.raises(PenchantError, match=said):
+        engine.generate(PROMPTS, CatalogTrie.build(items), 2, **options)
+
+
+@pytest.mark.parametrize("wrong", [999_999, -1])
+def test_tokens_that_the_model_has_not_are_refused_and_others_answered_as_before(
+    engine: Engine, items: list[tuple[int, ...]], wrong: int
+) -> None:
+    if isinstance(engine, FakeEngine):
+        pytest.skip("the fake engine has no vocabulary")
+    before = engine.score(PROMPTS, [items] * len(PROMPTS))
+    for item in ([wrong], [5, wrong, 3]):
+        with pytest.raises(DataError, match=f"{wrong} is none of the model's"):
+            engine.score(["Heat"], [[item]])
+        with pytest.raises(DataError, match=f"{wrong} is none of the model's"):
+            engine.generate(["Heat"], CatalogTrie.build([[7, 8], item]), 1)
+    for row, again in zip(before, engine.score(PROMPTS, [items] * len(PROMPTS)), strict=True):
+        np.testing.assert_allclose(again, row, atol=1e-4)

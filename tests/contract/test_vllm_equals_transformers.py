@@ -22,6 +22,7 @@ from scipy.stats import spearmanr
 from tests import tiny
 
 from penchant.catalog_trie import CatalogTrie
+from penchant.engine.asking import MOST_CHILDREN, Ask
 from penchant.engine.loading import load_engine
 from penchant.engine.transformers import TransformersEngine
 from penchant.errors import ConfigError, DataError, ModelError
@@ -77,6 +78,15 @@ def pair(base: Path) -> Iterator[Pair]:
 def shared(base: Path) -> Iterator[Pair]:
     """The base, to which adapters come as requests."""
     served = load_engine(base, dtype="float32", backend="vllm", options=SMALL | {"max_lora_rank": 8})
+    yield Pair(served, load_engine(base, dtype="float32", device="cpu"))
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def uncached(base: Path) -> Iterator[Pair]:
+    """The same without a prefix cache."""
+    options = SMALL | {"max_lora_rank": 8, "prefix_caching": False}
+    served = load_engine(base, dtype="float32", backend="vllm", options=options)
     yield Pair(served, load_engine(base, dtype="float32", device="cpu"))
     served.close()
 
@@ -211,21 +221,68 @@ def test_another_layer_is_refused(pair: Pair) -> None:
         pair.vllm.embed(["Heat"], layer=1)
 
 
-def test_several_adapters_on_one_base(shared: Pair, adapters: list[Path], base: Path) -> None:
+def view(served: Pair, base: Path, adapter: Path) -> Pair:
+    """An adapter as a request, and in the transformers engine."""
+    return Pair(served.vllm.with_adapter(adapter), load_engine(base, adapter, dtype="float32", device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["shared", "uncached"])
+def test_several_adapters_on_one_base(
+    name: str, request: pytest.FixtureRequest, adapters: list[Path], base: Path
+) -> None:
     """In turns, and the base between them: each says what it says alone."""
-    asked, listed = prompts(seed=6), items(shared)
+    served: Pair = request.getfixturevalue(name)
+    served.vllm.counts.clear()
+    asked, listed = prompts(seed=6), items(served)
     trie = CatalogTrie.build(listed)
-    views = [Pair(shared.vllm.with_adapter(a), load_engine(base, a, dtype="float32", device="cpu")) for a in adapters]
+    views = [view(served, base, adapter) for adapter in adapters]
     for _ in range(2):
-        for view in [shared, *views]:
-            assert view.vllm.fingerprint == view.plain.fingerprint
-            same(view, asked, [listed] * 6)
+        for each in [served, *views]:
+            assert each.vllm.fingerprint == each.plain.fingerprint
+            same(each, asked, [listed] * 6)
             for mine, theirs in zip(
-                view.vllm.generate(asked, trie, 5), view.plain.generate(asked, trie, 5), strict=True
+                each.vllm.generate(asked, trie, 5), each.plain.generate(asked, trie, 5), strict=True
             ):
                 assert [g.item for g in mine] == [g.item for g in theirs]
-    first, second = (view.plain.score(asked, [listed] * 6)[0] for view in views)
+    first, second = (each.plain.score(asked, [listed] * 6)[0] for each in views)
     assert np.abs(first - second).max() > 0.1
+    assert (served.vllm.counts.cached > 0) == (name == "shared")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 4, "use_rslora": True},
+        {"r": 4, "lora_alpha": 3},
+        {"r": 4, "alpha_pattern": {"q_proj": 64}},
+        {"r": 4, "rank_pattern": {"v_proj": 8}},
+    ],
+)
+def test_adapters_of_any_scale_as_requests(shared: Pair, base: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    scaled = view(shared, base, tiny.save_adapter(base, tmp_path / "a", spread=0.1, **config))
+    same(scaled, prompts(2, seed=9), [items(shared)] * 2)
+
+
+def test_an_adapter_trained_again_in_its_folder(shared: Pair, base: Path, tmp_path: Path) -> None:
+    asked, listed = prompts(2, seed=10), [items(shared)] * 2
+    old = view(shared, base, tiny.save_adapter(base, tmp_path / "a", seed=1, spread=0.2))
+    same(old, asked, listed)
+    new = view(shared, base, tiny.save_adapter(base, tmp_path / "a", seed=2, spread=0.2))
+    for _ in range(2):
+        same(new, asked, listed)
+        same(old, asked, listed)
+
+
+def test_more_first_tokens_than_one_request_may_name(pair: Pair) -> None:
+    rng = np.random.default_rng(11)
+    listed = [(token, *rng.integers(5, 380, size=3).tolist()) for token in range(5, 380)]
+    trie = CatalogTrie.build(listed)
+    assert len(trie.children(0)) > 2 * MOST_CHILDREN
+    asked = prompts(3, seed=11)
+    same(pair, asked, [listed] * 3)
+    for mine, theirs in zip(pair.vllm.generate(asked, trie, 9), pair.plain.generate(asked, trie, 9), strict=True):
+        assert [g.item for g in mine] == [g.item for g in theirs]
+        np.testing.assert_allclose([g.logprob for g in mine], [g.logprob for g in theirs], atol=NATS)
 
 
 def test_an_adapter_merged_and_no_prefix_cache(merged: Pair) -> None:
@@ -259,8 +316,19 @@ def test_adapters_that_would_kill_the_engine_are_refused(shared: Pair, base: Pat
     same(shared, prompts(2), [items(shared)] * 2)
 
 
-def test_an_engine_without_room_for_adapters_says_so(merged: Pair, adapters: list[Path]) -> None:
+def test_a_request_that_vllm_refuses_leaves_the_engine_as_it_was(pair: Pair) -> None:
+    runner = pair.vllm._runners.generating()
+    good, bad = (Ask([5, 6], [token], 0, None, 0, 0) for token in (7, 999_999))
+    with pytest.raises(ModelError, match=r"refused a request: .*999999"):
+        runner.ask([good, bad, good])
+    assert pair.vllm._runners.generating() is runner
+    same(pair, prompts(2), [items(pair)] * 2)
+
+
+def test_an_engine_without_room_for_adapters_says_so(pair: Pair, merged: Pair, adapters: list[Path]) -> None:
     with pytest.raises(ConfigError, match="takes no adapters"):
+        pair.vllm.with_adapter(adapters[0])
+    with pytest.raises(ConfigError, match="there is an adapter already"):
         merged.vllm.with_adapter(adapters[0])
 
 

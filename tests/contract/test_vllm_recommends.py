@@ -76,14 +76,32 @@ def test_a_run_fitted_with_transformers_is_served_by_vllm(
             )
 
 
+def test_a_run_fitted_at_another_layer_is_served_with_an_engine_beside_that_embeds(
+    folder: Path, vllm: Any, tmp_path: Path
+) -> None:
+    plain = load_engine(folder, dtype="float32", device="cpu")
+    model = fitted(plain)
+    assert model.config.layer == 1
+    model.save(tmp_path / "run")
+    model.save(tmp_path / "its own, for its updates")
+    with pytest.raises(ConfigError, match=r"(?s)vLLM gives the last one only.*embedder="):
+        Recommender.load(tmp_path / "run", engine=vllm).recommend(text="a comedy")
+    served = Recommender.load(tmp_path / "run", engine=vllm, embedder=plain)
+    for one in (model, served):
+        one.add_items([{"item_id": "new", "title": "Up Again (2030)", "genres": "Comedy", "year": "2030"}])
+    same(served.recommend(text="a comedy", k=5), model.recommend(text="a comedy", k=5))
+    same(served.recommend(USERS, k=5), model.recommend(USERS, k=5))
+
+
 def test_fitted_with_vllm_it_recommends_the_same_and_is_loaded_with_its_options(
     folder: Path, vllm: Any, tmp_path: Path
 ) -> None:
     """Each with a cache of its own: vectors that one engine has made serve the other too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PENCHANT_CACHE", str(tmp_path / "one"))
-        with pytest.raises(ConfigError, match="vLLM gives the last one only"):
-            fitted(vllm, layer=1)
+        for config in ({}, {"layer": 1}):
+            with pytest.raises(ConfigError, match=r"(?s)layer 1 asked .* the last one only.*layer: -1"):
+                fitted(vllm, **config)
         mine = fitted(vllm, layer=2)
     assert vllm.source == {
         "model": str(folder), "adapter": None, "dtype": "float32", "device": "auto", "backend": "vllm",
@@ -96,4 +114,8 @@ def test_fitted_with_vllm_it_recommends_the_same_and_is_loaded_with_its_options(
     assert mine.fusion.weight == theirs.fusion.weight
     same(mine.recommend(USERS, k=5), theirs.recommend(USERS, k=5))
     mine.save(tmp_path / "run")
-    assert Recommender.load(tmp_path / "run").engine_source == vllm.source
+    again = Recommender.load(tmp_path / "run")
+    assert again.engine_source == vllm.source
+    same(again.recommend(USERS, k=5), mine.recommend(USERS, k=5))  # by an engine of its own, as its source says
+    assert again.engine.fingerprint == vllm.fingerprint
+    again.engine.close()  # type: ignore[attr-defined]

@@ -47,7 +47,7 @@ def test_what_vllm_cannot_serve_is_refused(byte_folder: Path, tmp_path: Path, co
 
 def test_weights_of_another_shape_or_place_are_refused(byte_folder: Path, tmp_path: Path) -> None:
     other = tiny.save_model(tmp_path / "other", "byte", head=16)
-    with pytest.raises(ModelError, match=r"does not fit this model: .* the layer \[32, 32\]"):
+    with pytest.raises(ModelError, match=r"does not fit this model: .* the layer\s+\[32, 32\]"):
         check_request(tiny.save_adapter(other, tmp_path / "a"), byte_folder, 8)
     adapter = tiny.save_adapter(byte_folder, tmp_path / "b")
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -66,6 +66,42 @@ def test_an_adapter_with_our_card_of_another_base_is_refused(byte_folder: Path, 
     check_request(adapter, byte_folder, 8)
 
 
+def broken(name: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    first = next(n for n in weights if "lora_B" in n)
+    if name == "empty":
+        return {}
+    if name == "half":
+        return {n: w for n, w in weights.items() if n != first}
+    if name == "narrow B":
+        return {n: w[:, :1].contiguous() if n == first else w for n, w in weights.items()}
+    if name == "narrow pairs":
+        return {n: (w[:, :1] if "lora_B" in n else w[:1]).contiguous() for n, w in weights.items()}
+    if name == "zero":
+        return {n: w * (0 if "lora_B" in n else 1) for n, w in weights.items()}
+    return {n: torch.full_like(w, torch.nan) if n == first else w for n, w in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("empty", "changes nothing"),
+        ("half", "has A alone of model.layers.0"),
+        ("narrow B", r"does not fit this model: A of .* is \[2, 32\] and B \[\d+, 1\]"),
+        ("narrow pairs", "does not fit this model: .* the configuration has rank 2"),
+        ("zero", "changes nothing"),
+        ("nan", "not finite"),
+    ],
+)
+def test_weights_that_kill_vllm_or_that_it_serves_as_something_else_are_refused(
+    byte_folder: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    adapter = tiny.save_adapter(byte_folder, tmp_path / "a")
+    path = adapter / "adapter_model.safetensors"
+    save_file(broken(name, load_file(path)), path)
+    with pytest.raises(ModelError, match=said):
+        check_request(adapter, byte_folder, 8)
+
+
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
 def test_no_adapter(byte_folder: Path, tmp_path: Path, missing: str) -> None:
     adapter = tiny.save_adapter(byte_folder, tmp_path / "a")
@@ -79,11 +115,17 @@ def test_no_adapter(byte_folder: Path, tmp_path: Path, missing: str) -> None:
     [
         ({"peft_type": "IA3"}, "is no LoRA adapter but 'IA3'"),
         ({"init_lora_weights": "pissa"}, "began as pissa, which changed its base too"),
+        ({"r": None}, "has rank None"),
+        ({"r": 0}, "has rank 0"),
+        ({"lora_alpha": None}, "has lora_alpha None"),
+        ({"lora_alpha": 0}, "has lora_alpha 0"),
+        ({"rank_pattern": [4]}, "has rank"),
+        (None, "that is no object"),
     ],
 )
 def test_what_its_configuration_says_is_read(byte_folder: Path, tmp_path: Path, change: Any, said: str) -> None:
     path = tiny.save_adapter(byte_folder, tmp_path / "a") / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps([] if change is None else json.loads(path.read_text()) | change))
     with pytest.raises(ModelError, match=said):
         check_request(path.parent, byte_folder, 8)
 
@@ -130,6 +172,9 @@ def test_an_adapter_that_changes_nothing_is_not_merged(byte_folder: Path, tmp_pa
         ({"tensor_parallel": 2}, "(?s)vLLM option tensor_parallel: extra inputs.*tensor_parallel_size"),
         ({"gpu_memory_utilization": 1.5}, "less than or equal to 1"),
         ({"quantization": "int1"}, "vLLM option quantization"),
+        (["max_model_len"], "(?s)vLLM options: is .*give a dict"),
+        ("max_model_len", "(?s)vLLM options: is .*give a dict"),
+        ({1: 2}, "(?s)vLLM options: is .*give a dict"),
     ],
 )
 def test_options_that_break_scores_or_mean_nothing_are_refused(options: Any, said: str) -> None:

@@ -28,7 +28,7 @@ from penchant.engine import transformers as module
 from penchant.engine import tree
 from penchant.engine.loading import describe_model, load_engine
 from penchant.engine.transformers import TransformersEngine
-from penchant.errors import ConfigError, DataError, ModelError
+from penchant.errors import ConfigError, DataError, ModelError, NotFiniteError
 
 titles = st.one_of(
     st.sampled_from([*tiny.TITLES, "M", "Heat", "Heat (1995) II", "🎬", "七"]),
@@ -200,6 +200,16 @@ def test_embeddings_are_the_models_own_hidden_states(tiny_folder: Path, tiny_eng
                 states = model(ids, output_hidden_states=True).hidden_states[layer][0]
             np.testing.assert_allclose(mean, states.mean(0), atol=1e-4)
             np.testing.assert_allclose(last, states[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [None, 2])
+def test_a_model_that_gives_no_numbers_is_an_error_and_no_empty_list(
+    byte_engine: TransformersEngine, beams: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = byte_engine._tree.logprobs
+    monkeypatch.setattr(byte_engine._tree, "logprobs", lambda *given: np.full_like(real(*given), np.nan))
+    with pytest.raises(NotFiniteError, match="is not a number"):
+        byte_engine.generate(["Heat"], CatalogTrie.build([[5, 6], [5, 7], [8]]), 2, beams=beams)
 
 
 @pytest.mark.parametrize("layer", [3, -4, 99])

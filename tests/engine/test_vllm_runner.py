@@ -3,9 +3,10 @@ tests/contract."""
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests import tiny
 from penchant.engine import vllm_runner
 from penchant.engine.asking import Ask
 from penchant.engine.loading import load_engine
+from penchant.engine.vllm_options import VllmOptions
 from penchant.errors import ModelError
 
 NAN = float("nan")
@@ -74,6 +76,78 @@ def test_the_first_cause_is_told_and_no_hearsay(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(vllm_runner._LOG, "path", log)
     assert vllm_runner._cause(start) == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
     assert vllm_runner._cause(log.stat().st_size) is None
+
+
+@pytest.mark.parametrize(
+    ("last", "cause"),
+    [
+        ("StopIteration", "StopIteration"),
+        ("AssertionError", "AssertionError"),
+        ("jax.exceptions.Gone: away: for good", "Gone: away: for good"),
+        ("ValueError: of two\nlines", "ValueError: of two"),
+    ],
+)
+def test_a_cause_of_any_name_is_told_also_without_a_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: str, cause: str
+) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(
+        "2026 ERROR vllm: EngineCore hit an exception.\nTraceback (most recent call last):\n"
+        f'  File "x.py", line 3, in step\n    next(it)\n    ~~~~^^^^\n{last}\n'
+        "2026 INFO vllm: shutting down: bye\n"
+        "Traceback (most recent call last):\n  File y\nRuntimeError: Engine core initialization failed.\n"
+    )
+    monkeypatch.setattr(vllm_runner._LOG, "path", log)
+    assert vllm_runner._cause(0) == cause
+
+
+def arguments(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], pooling: Any = None, *, cpu: bool = False
+) -> dict[str, Any]:
+    """What vLLM would be started with, on a GPU or not; the module that says which is a stub."""
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: cpu)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    for name in ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"):
+        monkeypatch.setenv(name, "1")
+    return vllm_runner._arguments(Path("model"), "bfloat16", VllmOptions.of(options), pooling)
+
+
+def test_every_option_reaches_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    same = {
+        "tensor_parallel_size": 2, "pipeline_parallel_size": 3, "quantization": "fp8", "gpu_memory_utilization": 0.8,
+        "max_model_len": 2048, "max_num_seqs": 7, "max_num_batched_tokens": 4096, "block_size": 64,
+        "enforce_eager": True, "max_loras": 2,
+    }  # fmt: skip
+    own = {"kv_cache_gib": 1.5, "prefix_caching": False, "max_lora_rank": 9}
+    assert same.keys() | own.keys() == VllmOptions.model_fields.keys()
+    fixed = {
+        "model": "model", "dtype": "bfloat16", "seed": 0, "generation_config": "vllm", "use_tqdm_on_load": False,
+        "enable_lora": True, "max_lora_rank": 16, "enable_prefix_caching": False, "kv_cache_memory_bytes": 3 * 2**29,
+    }  # fmt: skip
+    assert arguments(monkeypatch, same | own) == fixed | same
+
+
+def test_what_is_left_out_is_vllms_own_choice_but_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu, on_cpu = arguments(monkeypatch, {}), arguments(monkeypatch, {}, cpu=True)
+    chosen = {"block_size", "kv_cache_memory_bytes"}
+    assert not (chosen | {"max_model_len", "quantization", "max_num_seqs", "enable_lora"}) & on_gpu.keys()
+    assert on_cpu.keys() - on_gpu.keys() == chosen
+    assert (on_gpu["enforce_eager"], on_cpu["enforce_eager"]) == (False, True)
+    assert (on_cpu["block_size"], on_cpu["kv_cache_memory_bytes"]) == (32, 2 * 2**30)
+
+
+def test_a_mean_is_taken_of_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"max_num_batched_tokens": 64, "max_num_seqs": 7}
+    mean, last = arguments(monkeypatch, options, "mean"), arguments(monkeypatch, options, "last")
+    assert mean["pooler_config"] == {"seq_pooling_type": "MEAN"}
+    assert "max_num_batched_tokens" not in mean
+    assert (mean["enable_prefix_caching"], mean["enable_chunked_prefill"], mean["max_num_seqs"]) == (False, False, 7)
+    assert (last["enable_prefix_caching"], last["max_num_batched_tokens"]) == (True, 64)
+    assert (last["runner"], last["convert"], last["pooler_config"]) == (
+        "pooling", "embed", {"seq_pooling_type": "LAST"},
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")

@@ -12,7 +12,7 @@ import typer
 _EXTRAS = (
     ("bitsandbytes", "4- and 8-bit weights", "pip install 'penchant[quant]'"),
     ("faiss", "approximate retrieval for large catalogues", "pip install 'penchant[faiss]'"),
-    ("vllm", "GPU serving", "pip install vllm"),
+    ("vllm", "GPU serving", "pip install 'penchant[vllm]'"),
 )
 
 

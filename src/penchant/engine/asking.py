@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penchant.catalog_trie import CatalogTrie
+from penchant.errors import NotFiniteError
 
 # Children that one request may name: vLLM's own limit of logprob_token_ids.
 MOST_CHILDREN = 128
@@ -117,7 +118,9 @@ class Known:
     # -- learning ------------------------------------------------------------------------------
 
     def learn(self, ask: Ask, answer: Answer) -> None:
-        """Take in an answer to one of this prompt's requests."""
+        """Take in an answer to one of this prompt's requests; NotFiniteError where it is none, however often asked."""
+        if np.isnan(answer.tokens).any():
+            raise NotFiniteError("a log-probability is not a number", where="vLLM", remedy="load it in float32")
         self._of(ask.node)[ask.first : ask.first + len(ask.tokens)] = answer.tokens
         node = ask.node
         for value in reversed(answer.path):

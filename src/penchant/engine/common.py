@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +18,24 @@ from penchant.tokens import Prompt, TextCodec
 Work = tuple[list[int], CatalogTrie, int]
 
 
-def encoded(codec: TextCodec, prompts: Sequence[Prompt | str], context: int, behind: int = 0) -> list[list[int]]:
-    """Token ids of each prompt; DataError for an empty one, or where ``behind`` more tokens would pass ``context``."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a model takes: tokens at a time, and token ids below ``vocabulary``."""
+
+    context: int
+    vocabulary: int
+
+
+def encoded(codec: TextCodec, prompts: Sequence[Prompt | str], limits: Limits, behind: int = 0) -> list[list[int]]:
+    """Token ids of each prompt; DataError for an empty one, one with a token that the model has not, or where
+    ``behind`` more tokens would pass its context.
+    """
     out = [codec.encode(prompt) for prompt in prompts]
     for ids in out:
         if not ids:
             raise DataError("an empty prompt has no token to go on from", remedy="give it some text")
-        _check_length(len(ids) + behind, context)
+        _check_tokens(np.array(ids), limits, "prompt")
+        _check_length(len(ids) + behind, limits.context)
     return out
 
 
@@ -31,7 +43,7 @@ def paired(
     codec: TextCodec,
     prompts: Sequence[Prompt | str],
     continuations: Sequence[Sequence[Continuation]],
-    context: int,
+    limits: Limits,
 ) -> list[Work]:
     """Each prompt that has continuations, with their trie; ConfigError or DataError where they can't be scored."""
     if len(prompts) != len(continuations):
@@ -43,13 +55,23 @@ def paired(
     for i, (prompt, candidates) in enumerate(zip(prompts, continuations, strict=True)):
         if len(candidates):
             if id(candidates) not in built:
-                built[id(candidates)] = CatalogTrie.build(
-                    [codec.encode_data(c) if isinstance(c, str) else c for c in candidates]
-                )
+                trie = CatalogTrie.build([codec.encode_data(c) if isinstance(c, str) else c for c in candidates])
+                _check_tokens(trie.token[1:], limits, "continuations")
+                built[id(candidates)] = trie
             trie = built[id(candidates)]
-            (ids,) = encoded(codec, [prompt], context, int(trie.depth.max()))
+            (ids,) = encoded(codec, [prompt], limits, int(trie.depth.max()))
             work.append((ids, trie, i))
     return work
+
+
+def _check_tokens(ids: NDArray[np.integer], limits: Limits, where: str) -> None:
+    wrong = ids[(ids < 0) | (ids >= limits.vocabulary)]
+    if wrong.size:
+        raise DataError(
+            f"{int(wrong[0])} is none of the model's {limits.vocabulary:,} token ids",
+            where=where,
+            remedy="make tokens with the model's own tokenizer (engine.codec)",
+        )
 
 
 def _check_length(n: int, context: int) -> None:
@@ -61,12 +83,41 @@ def _check_length(n: int, context: int) -> None:
         )
 
 
-def check_search(k: int, beams: int | None) -> None:
-    """ConfigError for a search that asks for nothing."""
+def check_search(
+    trie: CatalogTrie,
+    limits: Limits,
+    n: int,
+    k: int,
+    allowed: Sequence[NDArray[np.bool_] | None] | None,
+    bonus: NDArray[np.floating] | None,
+    beams: int | None,
+) -> None:
+    """ConfigError for a search over n prompts that asks for nothing, or whose masks or bonus are not the trie's;
+    DataError for a bonus that is not finite, or a trie of tokens that the model has not.
+    """
     if k < 1:
         raise ConfigError(f"k is {k}", remedy="ask for at least 1 item")
     if beams is not None and beams < 1:
         raise ConfigError(f"beams is {beams}", remedy="use at least 1, or None for the exact search")
+    masks = [None] * n if allowed is None else allowed
+    if len(masks) != n:
+        raise ConfigError(f"{len(masks)} masks for {n} prompts", where="allowed", remedy="give one (or None) a prompt")
+    for mask in masks:
+        if mask is not None and (np.shape(mask) != (trie.n_items,) or np.asarray(mask).dtype != bool):
+            raise ConfigError(
+                f"a mask is {np.asarray(mask).dtype} of shape {np.shape(mask)}",
+                where="allowed",
+                remedy=f"give one bool for each of the trie's {trie.n_items:,} items",
+            )
+    if bonus is not None and np.shape(bonus) != (trie.n_items,):
+        raise ConfigError(
+            f"has shape {np.shape(bonus)}",
+            where="bonus",
+            remedy=f"give one number for each of the trie's {trie.n_items:,} items",
+        )
+    if bonus is not None and not np.isfinite(bonus).all():
+        raise DataError("is not finite", where="bonus", remedy="leave items out with allowed instead")
+    _check_tokens(trie.token[1:], limits, "trie")
 
 
 def searches(

@@ -134,6 +134,8 @@ def _load_vllm(
     from penchant.engine.vllm_options import VllmOptions
 
     chosen = VllmOptions.of(options)
+    if adapter is not None:  # merged, it takes no other, and room for others would only make scoring slow
+        chosen = chosen.model_copy(update={"max_lora_rank": 0})
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"unknown device {device!r}", remedy="use auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which")
     try:
@@ -153,6 +155,7 @@ def _load_vllm(
         fingerprint=f"{fingerprint}:{name}{quantised}",
         n_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
+        vocabulary=int(config.vocab_size),
         source=source | ({"options": chosen.changed()} if chosen.changed() else {}),
     )
 

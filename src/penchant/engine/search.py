@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.base import Generation
+from penchant.errors import NotFiniteError
 
 
 class Search(Protocol):
@@ -30,7 +31,9 @@ class Search(Protocol):
         ...
 
     def feed(self, node: int, children: NDArray[np.floating]) -> None:
-        """The log-probabilities of ``trie.children(node)``, in that order, for a node that was taken."""
+        """The log-probabilities of ``trie.children(node)``, in that order, for a node that was taken; NotFiniteError
+        where one is not a number.
+        """
         ...
 
     def result(self) -> list[Generation]: ...
@@ -55,6 +58,12 @@ class _Found:
     def bar(self) -> float:
         """The k-th best score so far; minus infinity while there are fewer."""
         return self.best[0][0] if self.best and len(self.best) >= self.k else -np.inf
+
+    def totals(self, node: int, children: NDArray[np.floating]) -> NDArray[np.float64]:
+        """log p of each child of a node, its path included; NotFiniteError where the model gave none."""
+        if np.isnan(children).any():
+            raise NotFiniteError("a log-probability is not a number", where="generate", remedy="load it in float32")
+        return self.logprob[node] + np.asarray(children, dtype=np.float64)
 
     def bonus_below(self, node: int) -> NDArray[np.float64]:
         """Largest bonus at or below each child of ``node``: their slices lie side by side."""
@@ -123,7 +132,7 @@ class BestFirst:
         """See Search.feed."""
         found, trie = self._found, self._found.trie
         nodes = trie.children(node)
-        totals = found.logprob[node] + np.asarray(children, dtype=np.float64)
+        totals = found.totals(node, children)
         bounds = totals + found.bonus_below(node)
         useful = (bounds > -np.inf) & (bounds >= found.bar)
         for child, total, bound in zip(
@@ -175,7 +184,7 @@ class Beams:
     def feed(self, node: int, children: NDArray[np.floating]) -> None:
         """See Search.feed."""
         found = self._found
-        totals = found.logprob[node] + np.asarray(children, dtype=np.float64)
+        totals = found.totals(node, children)
         named = found.bonus_below(node) > -np.inf
         self._candidates += zip(totals[named].tolist(), found.trie.children(node)[named].tolist(), strict=True)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from penchant.adapter_card import check_vectors
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
-from penchant.engine.common import Work, check_finite, check_pooling, check_search, encoded, paired, searches
+from penchant.engine.common import Limits, Work, check_finite, check_pooling, check_search, encoded, paired, searches
 from penchant.engine.search import Search
 from penchant.engine.tree import Branch, TreeRunner, branch_of, tokens_at
 from penchant.errors import ConfigError
@@ -60,6 +60,7 @@ class TransformersEngine:
         if window and getattr(config, "use_sliding_window", True):
             # An additive mask of ours replaces the model's own: past its window they would differ.
             self.context_length = min(self.context_length, int(window))
+        self._limits = Limits(self.context_length, int(self._tree.head.weight.shape[0]))
         self._hidden_size = int(config.hidden_size)
         self._n_layers = int(config.num_hidden_layers)
         self._packed = True  # False: the plain way, one full sequence a candidate
@@ -89,7 +90,7 @@ class TransformersEngine:
         progress: Progress | None = None,
     ) -> list[NDArray[np.float64]]:
         """See Engine.score. Cost: each prompt once, and each distinct beginning among its continuations once."""
-        work = paired(self.codec, prompts, continuations, self.context_length)
+        work = paired(self.codec, prompts, continuations, self._limits)
         work.sort(key=lambda w: (len(w[0]), w[1].n_nodes))
         out: list[NDArray[np.float64]] = [np.zeros(0)] * len(prompts)
         for group in self._batches([_width(ids, trie) for ids, trie, _ in work]):
@@ -182,8 +183,8 @@ class TransformersEngine:
         progress: Progress | None = None,
     ) -> list[list[Generation]]:
         """See Engine.generate. Every item returned is one of the trie's, each at most once."""
-        check_search(k, beams)
-        ids = encoded(self.codec, prompts, self.context_length, int(trie.depth.max()))
+        check_search(trie, self._limits, len(prompts), k, allowed, bonus, beams)
+        ids = encoded(self.codec, prompts, self._limits, int(trie.depth.max()))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out: list[list[Generation]] = [[] for _ in ids]
         for group in self._batches([max(len(ids[i]), 8 * (beams or _WIDTH)) for i in order]):
@@ -262,7 +263,7 @@ class TransformersEngine:
                 f"layer {layer} of a model with {self.n_layers}", remedy=f"use 0 to {self.n_layers}, or -1 for the last"
             )
         check_vectors((self.source or {}).get("adapter"), layer % (self.n_layers + 1), pooling)
-        ids = encoded(self.codec, texts, self.context_length)
+        ids = encoded(self.codec, texts, self._limits)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = np.empty((len(ids), self._hidden_size), dtype=np.float32)
         for group in self._batches([len(ids[i]) for i in order]):
@@ -317,7 +318,7 @@ class TransformersEngine:
         Eager attention fed a bool mask was silently wrong by 20 nats, so this is measured at every load.
         """
         tree = self._tree
-        (prompt,) = encoded(self.codec, ["a b c d"], self.context_length)
+        (prompt,) = encoded(self.codec, ["a b c d"], self._limits)
         other = sorted({t % int(tree.head.weight.shape[0]) for t in (5, 17, 29, 60)})
         sequences = [other, other[:2] + other[:1], other[1:], other[:1]]
         ids = torch.tensor([[*prompt, *other]], device=self.device)

@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 
 from penchant.adapter_card import check_vectors
 from penchant.catalog_trie import CatalogTrie
-from penchant.engine.adapters import check_request
+from penchant.engine.adapters import check_request, kept_adapter
 from penchant.engine.asking import Ask, Known
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
-from penchant.engine.common import check_finite, check_pooling, check_search, encoded, paired, searches
-from penchant.engine.folders import fingerprint_of, resolve_adapter
+from penchant.engine.common import Limits, check_finite, check_pooling, check_search, encoded, paired, searches
+from penchant.engine.folders import resolve_adapter
 from penchant.engine.search import Search
 from penchant.engine.vllm_options import VllmOptions
 from penchant.engine.vllm_runner import Counts, Lora, Runner
-from penchant.errors import ConfigError, NotFiniteError
+from penchant.errors import ConfigError
 from penchant.tokens import Prompt, TextCodec
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class VllmEngine:
         fingerprint: str,
         n_layers: int,
         hidden_size: int,
+        vocabulary: int,
         source: dict[str, Any] | None = None,
     ) -> None:
         self.source = source
@@ -88,6 +89,7 @@ class VllmEngine:
         self._deep = options.max_lora_rank == 0  # whether prompt log-probabilities are to be had
         self._runners = _Runners(folder, dtype, device, options, self.counts)
         self.context_length = self._runners.generating().max_model_len
+        self._limits = Limits(self.context_length, vocabulary)
         if self._deep:
             self._self_test()
 
@@ -107,21 +109,23 @@ class VllmEngine:
     def with_adapter(self, adapter: str | Path) -> VllmEngine:
         """The same runners with an adapter (a folder or hub id in peft's format) on every request.
 
-        ModelError where it is not one that vLLM can serve so: it is looked at before the engine could die of it.
+        ModelError where it is not one that vLLM can serve so: it is looked at before the engine could die of it. It is
+        served as it is now, from a copy in the cache.
         """
+        if self._lora is not None or (self.source or {}).get("adapter") is not None:
+            raise ConfigError("there is an adapter already", where=str(adapter), remedy="ask the base's engine")
         if not self._options.max_lora_rank:
             raise ConfigError(
                 "this engine takes no adapters", where=str(adapter), remedy="load it with options={'max_lora_rank': 16}"
             )
-        if self._lora is not None or (self.source or {}).get("adapter") is not None:
-            raise ConfigError("there is an adapter already", where=str(adapter), remedy="ask the base's engine")
         folder = resolve_adapter(adapter)
         check_request(folder, self._folder, self._options.max_lora_rank)
+        kept = kept_adapter(folder)
         engine = copy.copy(self)
         base, _, dtype = self.fingerprint.partition(":")
-        engine.fingerprint = f"{base}+{fingerprint_of(folder)}:{dtype}"
+        engine.fingerprint = f"{base}+{kept.name}:{dtype}"
         engine.source = None if self.source is None else self.source | {"adapter": str(adapter)}
-        engine._lora = self._runners.lora(folder)
+        engine._lora = self._runners.lora(kept)
         return engine
 
     # -- score ---------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ class VllmEngine:
         progress: Progress | None = None,
     ) -> list[NDArray[np.float64]]:
         """See Engine.score. One request a candidate, or less; a prompt is run once for all of its own."""
-        work = paired(self.codec, prompts, continuations, self.context_length)
+        work = paired(self.codec, prompts, continuations, self._limits)
         work.sort(key=lambda w: w[0])  # neighbours share the most
         out: list[NDArray[np.float64]] = [np.zeros(0)] * len(prompts)
         for part in _groups(work):
@@ -152,9 +156,6 @@ class VllmEngine:
             self._ask([(known, ask) for known in behind for ask in known.everything()])
             self._ask([(known, ask) for known in behind for ask in known.rest(deep=True)])
         self._ask([(known, ask) for known in behind for ask in known.rest(deep=False)])
-        for known in behind:
-            if np.isnan(known.edges()).any():
-                raise NotFiniteError("a log-probability is not a number", where="vLLM", remedy="load it in float32")
 
     def _ask(self, asks: Sequence[tuple[Known, Ask]]) -> None:
         for start in range(0, len(asks), _REQUESTS):
@@ -178,8 +179,8 @@ class VllmEngine:
         progress: Progress | None = None,
     ) -> list[list[Generation]]:
         """See Engine.generate. Every item returned is one of the trie's, each at most once."""
-        check_search(k, beams)
-        ids = encoded(self.codec, prompts, self.context_length, int(trie.depth.max()))
+        check_search(trie, self._limits, len(prompts), k, allowed, bonus, beams)
+        ids = encoded(self.codec, prompts, self._limits, int(trie.depth.max()))
         order = sorted(range(len(ids)), key=lambda i: ids[i])
         out: list[list[Generation]] = [[] for _ in ids]
         for start in range(0, len(order), _PROMPTS):
@@ -226,10 +227,11 @@ class VllmEngine:
             raise ConfigError(
                 f"layer {layer} asked for, and vLLM gives the last one only ({self.n_layers})",
                 where="embed",
-                remedy="embed with the transformers backend, or fit with layer=-1",
+                remedy="fit with `layer: -1` (FitConfig(layer=-1)); serve a run that was fitted at another layer with "
+                "a transformers engine beside this one: Recommender.load(run, engine, embedder=load_engine(model))",
             )
         check_vectors((self.source or {}).get("adapter"), self.n_layers, pooling)
-        ids = encoded(self.codec, texts, self.context_length)
+        ids = encoded(self.codec, texts, self._limits)
         order = sorted(range(len(ids)), key=lambda i: ids[i])
         out = np.empty((len(ids), self._hidden_size), dtype=np.float32)
         for start in range(0, len(order), _REQUESTS):
@@ -292,7 +294,7 @@ class _Runners:
         return self._pooling
 
     def lora(self, folder: Path) -> Lora:
-        folder = folder.resolve()
+        """The request's name of an adapter that ``kept_adapter`` gave: its folder never changes."""
         if folder not in self._loras:
             number = len(self._loras) + 1
             self._loras[folder] = Lora(f"{number}-{folder.name}", number, folder)

@@ -67,7 +67,11 @@ class VllmOptions(BaseModel):
     enforce_eager: bool | None = Field(
         None, description="No compilation and no CUDA graphs: a quick start and slower steps. None: on a CPU only."
     )
-    max_lora_rank: int = Field(0, ge=0, description="Largest rank of adapters taken by with_adapter; 0 takes none.")
+    max_lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Largest rank of adapters taken by with_adapter; 0 takes none, nor does an engine with one merged.",
+    )
     max_loras: int = Field(4, ge=1, description="Adapters that may be in one step.")
 
     @classmethod
@@ -75,6 +79,10 @@ class VllmOptions(BaseModel):
         """Checked options; ConfigError that says why where one is refused, unknown or out of its range."""
         if isinstance(given, VllmOptions):
             return given
+        if not isinstance(given or {}, Mapping) or not all(isinstance(name, str) for name in given or ()):
+            raise ConfigError(
+                f"is {given!r}", where="vLLM options", remedy="give a dict, such as {'max_model_len': 2048}, by name"
+            )
         given = dict(given or {})
         for name in given:
             if name in _REFUSED:

@@ -34,7 +34,12 @@ _CPU_BLOCK = 32
 # Ranks that vLLM allocates room for.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
-_RAISED = re.compile(r"^(?:[\w.]*\.)?(\w+(?:Error|Exception)): (.+)$", re.MULTILINE)
+# What was raised: a traceback's last line, whatever its name and message, or a line that begins as one.
+_RAISED = re.compile(
+    r"^Traceback \(most recent call last\):\n(?:[ \t].*\n)*(?:[\w.]*\.)?(?P<kind>\w+)(?:: (?P<text>.*))?$"
+    r"|^(?:[\w.]*\.)?(?P<other>\w+(?:Error|Exception)): (?P<what>.+)$",
+    re.MULTILINE,
+)
 # Errors of one process about the death of another.
 _HEARSAY = ("EngineDeadError", "initialization failed", "Worker failed with error", "cancelled")
 
@@ -136,9 +141,13 @@ class Runner:
     def _working(self, n: int) -> Iterator[None]:
         if self._llm is None:
             raise ModelError("the vLLM engine is closed", where="vLLM", remedy="load the engine again")
+        from vllm.exceptions import VLLMClientError
+
         try:
             with _quiet():
                 yield
+        except VLLMClientError as error:  # it was refused before anything was queued, and what was is taken back
+            raise ModelError(f"refused a request: {error}", where="vLLM", remedy="report this") from error
         except BaseException as error:  # Ctrl-C too: what it leaves in the queue would be answered to the next call
             self.close()
             if isinstance(error, Exception):
@@ -330,7 +339,7 @@ def _cause(start: int) -> str | None:
         return None
     with _LOG.path.open(encoding="utf-8", errors="replace") as handle:
         handle.seek(start)
-        found = [f"{kind}: {text}" for kind, text in _RAISED.findall(handle.read())]
+        found = [": ".join(part for part in match if part) for match in _RAISED.findall(handle.read())]
     return next((error for error in found if not any(word in error for word in _HEARSAY)), None)
 
 
