@@ -233,18 +233,18 @@ def test_several_adapters_on_one_base(
     """In turns, and the base between them: each says what it says alone."""
     served: Pair = request.getfixturevalue(name)
     served.vllm.counts.clear()
-    asked, listed = prompts(seed=6), items(served)
+    asked, listed = prompts(3, seed=6), items(served)[:16]  # few: without a cache each request runs all of its prompt
     trie = CatalogTrie.build(listed)
     views = [view(served, base, adapter) for adapter in adapters]
     for _ in range(2):
         for each in [served, *views]:
             assert each.vllm.fingerprint == each.plain.fingerprint
-            same(each, asked, [listed] * 6)
+            same(each, asked, [listed] * 3)
             for mine, theirs in zip(
                 each.vllm.generate(asked, trie, 5), each.plain.generate(asked, trie, 5), strict=True
             ):
                 assert [g.item for g in mine] == [g.item for g in theirs]
-    first, second = (each.plain.score(asked, [listed] * 6)[0] for each in views)
+    first, second = (each.plain.score(asked, [listed] * 3)[0] for each in views)
     assert np.abs(first - second).max() > 0.1
     assert (served.vllm.counts.cached > 0) == (name == "shared")
 
