@@ -24,7 +24,7 @@ from penchant.evaluation.systems import Queries
 from penchant.interest.behaviour import Behaviour
 from penchant.interest.fit import training_behaviours, training_sequences
 from penchant.interest.inputs import Columns, Reading
-from penchant.schema import USER
+from penchant.schema import TIME, USER
 from penchant.tokens import Prompt
 
 if TYPE_CHECKING:
@@ -97,10 +97,11 @@ def check_reading(split: Split, columns: Columns, reading: Reading, targets: Tar
     place = {text: row for row, text in enumerate(dict.fromkeys(t for column in texts for t in column if t))}
     words = np.array([[place.get(t or "", -1) for t in column] for column in texts], dtype=np.int32).T
     value = columns.values(events)
+    coded = events.select(TIME, *(column.name for column in columns.coded if column.name in events.columns))
 
     def derived(position: Ints, history: Ints) -> Behaviour:
         """These events alone; those of one ``history`` follow each other."""
-        alone = events[position].with_columns(pl.Series(USER, history))
+        alone = coded[position].with_columns(pl.Series(USER, history)) if columns.coded else coded
         return Behaviour(
             own.item[position].astype(np.int32),
             columns.codes(alone),
