@@ -45,3 +45,35 @@ def check_vectors(adapter: str | Path | None, layer: int, pooling: str) -> None:
             where=str(adapter),
             remedy="set layer and pooling to what it was trained with (see `penchant fit --config`)",
         )
+
+
+def check_data(source: dict[str, Any] | None, data: str, split: dict[str, Any]) -> list[str]:
+    """What a reader must know of the data that an engine's weights were trained on, a line each.
+
+    ``source`` is the engine's; ``data`` (a content hash) and ``split`` (its spec) are what it is evaluated on.
+    ConfigError where the data are the same and the split is not: what is held out here may have been learnt.
+    """
+    source = source or {}
+    adapter, unknown = source.get("adapter"), "what of it is in these targets can't be known"
+    notes = []
+    if adapter is not None and read_card(adapter) is None:
+        notes.append(f"the adapter {adapter} does not say what it was trained on; {unknown}")
+    # A merged or wholly trained model has the card in its own folder.
+    waiting = [adapter, source.get("model")]
+    while waiting:
+        folder = waiting.pop(0)
+        card = read_card(folder)
+        if card is None:
+            continue
+        if card.get("data") != data:
+            notes.append(f"{folder} was trained on other data; {unknown}")
+        elif card.get("split") != split:
+            raise ConfigError(
+                f"was trained on the same data under another split ({card.get('split')}; here it is {split}), and may "
+                "have learnt what is held out here",
+                where=str(folder),
+                remedy="train it again with this split, or evaluate a run that was fitted with its own",
+            )
+        config = card.get("config") or {}
+        waiting += [config.get("start_from"), config.get("model")]  # what it went on from
+    return notes

@@ -191,6 +191,13 @@ class Ranker:
         rendered = self._prompts(tuple(recent.tolist()))
         return Rendered(rendered.prompt, rendered.n_tokens, rendered.dropped + len(history) - len(recent))
 
+    def question_of(self, history: NDArray[np.integer]) -> Prompt:
+        """The prompt of this ranker's question with no candidate in it: all that the LLM is told of a user."""
+        if self.question == "likelihood":
+            return self.prompt(history).prompt
+        nothing: dict[str, Any] = {"candidates": []} if self.question == "choose" else {"item": {"text": ""}}
+        return self._render(self.question, history, **nothing).prompt
+
     def _prompt_of(self, recent: tuple[int, ...]) -> Rendered:
         return self._render("next_item", np.array(recent, dtype=np.int32))
 

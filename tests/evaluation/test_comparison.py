@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from tests.conftest import toy_frames
 from tests.fake_engine import FakeEngine
 
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, DataError
 from penchant.evaluation import comparison as module
 from penchant.evaluation.baselines.sasrec import SASRec
 from penchant.evaluation.comparison import BOTH, Comparison, spread
@@ -296,6 +297,71 @@ def test_the_limit_of_time_leaves_systems_out_and_says_so(data: Path) -> None:
     assert names == {"popularity"}  # it was there already
     assert any("item_knn, seed 0 was left out" in note for note in run["notes"])
     assert any("sasrec, seed 0 was left out" in line for line in said)
+
+
+def leaky(made: Comparison) -> Comparison:
+    """The same, and its split trains on a test event."""
+    train = made.split.train.copy()
+    train[made.split.test.position[-1]] = True
+    made.split = dataclasses.replace(made.split, train=train)
+    return made
+
+
+def test_a_leak_stops_a_comparison_before_anything_is_fitted(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Comparison, "_fit", lambda *a: pytest.fail("it was fitted"))
+    with pytest.raises(DataError, match="leak check"):
+        leaky(comparison(data, ["popularity"])).run()
+    with pytest.raises(DataError, match="leak check"):
+        leaky(comparison(data, ["full"])).run()
+
+
+def test_every_table_says_what_was_checked(data: Path) -> None:
+    for systems, words in (["popularity"], ""), (["full"], "; 13 prompts, all that the LLM is asked, were rendered"):
+        (run,) = comparison(data, systems).run()["runs"]
+        (note,) = [note for note in run["notes"] if note.startswith("leak check")]
+        assert "60 prompts and 30 training rows" in note
+        assert words in note
+        assert bool(words) == ("rendered" in note)
+
+
+def test_what_an_encoder_of_a_comparison_reads_is_checked(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = task().fit.encoder.model_dump() | {"inputs": ("gap",)}
+    fit = {"encoder": encoder, "candidates": 5, "validation_users": 5}
+    made = comparison(data, ["encoder: text"], task(fit=fit))
+    honest = module.read_events
+
+    def shifted(*args: Any) -> Any:
+        columns, reading, words = honest(*args)
+        return columns, dataclasses.replace(reading, codes=np.roll(reading.codes, -1, axis=0)), words
+
+    monkeypatch.setattr(module, "read_events", shifted)
+    with pytest.raises(DataError, match="the codes that the encoder reads"):
+        made.run()
+
+
+def test_an_adapter_that_was_trained_on_another_split_is_refused_before_it_embeds(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = comparison(data, ["nearest"])
+    card = {"data": made.split.dataset.content_hash, "split": made.split.spec, "config": {}}
+    (data / "adapter").mkdir()
+
+    def load() -> FakeEngine:
+        engine = FakeEngine()
+        engine.source = {"model": "fake", "adapter": str(data / "adapter")}  # type: ignore[assignment]
+        return engine
+
+    def run_with(card: dict[str, Any] | None, folder: str) -> list[str]:
+        if card is not None:
+            (data / "adapter/penchant.json").write_text(json.dumps(card))
+        again = Comparison("toy", task(), data / folder, load, data, ["nearest"])
+        return [note for note in again.run()["runs"][0]["notes"] if "adapter" in note]
+
+    assert "does not say what it was trained on" in run_with(None, "unknown")[0]
+    assert run_with(card, "own") == []
+    monkeypatch.setattr(FakeEngine, "embed", lambda *a: pytest.fail("it embedded"))
+    with pytest.raises(ConfigError, match="under another split"):
+        run_with(card | {"split": {"kind": "global time"}}, "other")
 
 
 def test_wrong_systems_are_refused(data: Path) -> None:

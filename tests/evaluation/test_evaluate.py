@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -19,10 +20,11 @@ from tests.fake_engine import FakeEngine
 from penchant.data.dataset import Dataset
 from penchant.data.history import Targets
 from penchant.data.split import Split, global_time, leave_last_out
-from penchant.errors import ConfigError, DataError
+from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.evaluation import evaluate as module
 from penchant.evaluation.baselines.popularity import Popularity
 from penchant.evaluation.evaluate import evaluate
+from penchant.evaluation.leaks import check_run
 from penchant.evaluation.ranking import rank_targets
 from penchant.evaluation.report import Report
 from penchant.evaluation.statistics import bootstrap_mean, holm, paired_permutation
@@ -369,6 +371,30 @@ def test_settings_out_of_range_are_refused(bad: dict[str, int], model: Recommend
         evaluate(model, **bad)
 
 
+@pytest.mark.parametrize("bad", [{"k": 2.0}, {"llm_users": 5.0}, {"k": True}, {"seed": "1"}])
+def test_settings_that_are_no_whole_numbers_are_refused(bad: dict[str, Any], model: Recommender) -> None:
+    (name,) = bad
+    with pytest.raises(ConfigError, match=f"{name} is {bad[name]!r}.*\n.*whole number"):
+        evaluate(model, **bad)
+
+
+@pytest.mark.parametrize("bad", [[[0, 1]] * 30, np.zeros((30, 2)), np.zeros(30, dtype=np.int64)])
+def test_candidates_that_are_no_array_of_items_are_refused(bad: Any, model: Recommender) -> None:
+    with pytest.raises(ConfigError, match="no array of whole numbers"):
+        evaluate(model, candidates=bad)
+
+
+@pytest.mark.parametrize("name", ["encoder", "popularity", LAST, "llm likelihood", FUSED])
+def test_a_baseline_with_the_name_of_a_system_of_ours_is_refused(name: str, model: Recommender) -> None:
+    mine = dataclasses.replace(Popularity(np.ones(16, dtype=np.float32)), name=name)
+    with pytest.raises(ConfigError, match=re.escape(f"two systems are called {name!r}")):
+        evaluate(model, baselines=[mine], llm_users=0)
+    mine = dataclasses.replace(mine, name="mine")
+    with pytest.raises(ConfigError, match="two systems are called 'mine'"):
+        evaluate(model, baselines=[mine, mine], llm_users=0)
+    assert evaluate(model, baselines=[mine], llm_users=0).find("mine")
+
+
 @pytest.mark.parametrize("n", [1, 30])
 def test_a_report_is_plain_json_and_says_what_makes_it_again(n: int, model: Recommender) -> None:
     report = evaluate(model, model.split.test.take(np.arange(n)), k=3, llm_users=5, seed=4)
@@ -600,6 +626,87 @@ def test_training_events_are_no_targets(model: Recommender) -> None:
     learnt = Targets(model.log, np.concatenate([model.split.test.position[:3], np.flatnonzero(model.split.train)[5:7]]))
     with pytest.raises(DataError, match="2 of 5 targets are events the model was trained on"):
         evaluate(model, learnt)
+
+
+@pytest.mark.parametrize("change", ["item", "users", "more", "outside"])
+def test_targets_of_another_log_are_refused(change: str, model: Recommender) -> None:
+    interactions, items = toy_frames(n_users=32 if change == "more" else 30)
+    if change == "item":  # the same shape, but for one item of one history
+        other = pl.when(pl.col("item_id") == "3").then(pl.lit("4")).otherwise(pl.col("item_id"))
+        first = (pl.int_range(pl.len()) < 40) & (pl.col("item_id") == "3")
+        interactions = interactions.with_columns(
+            pl.when(first).then(other).otherwise(pl.col("item_id")).alias("item_id")
+        )
+    if change == "users":
+        interactions = interactions.with_columns(pl.concat_str(pl.lit("x"), "user_id").alias("user_id"))
+    targets = leave_last_out(Dataset.read(interactions, items)).test
+    if change == "outside":
+        targets = Targets(model.log, np.array([len(model.log.item)], dtype=np.int64))
+    with pytest.raises(DataError, match="the targets are not events of the data that was fitted on"):
+        evaluate(model, targets, llm_users=0)
+
+
+def test_targets_of_an_equal_log_are_taken(model: Recommender) -> None:
+    again = leave_last_out(Dataset.read(*toy_frames())).test
+    assert again.log is not model.log
+    assert evaluate(model, again, llm_users=0).rows == evaluate(model, llm_users=0).rows
+
+
+def test_targets_whose_histories_hold_more_than_the_past_are_refused(model: Recommender) -> None:
+    class Knowing(Targets):
+        def history(self, i: int) -> np.ndarray:
+            return np.append(super().history(i), self.item[i])
+
+        def take(self, rows: np.ndarray) -> Targets:
+            return Knowing(self.log, self.position[rows])
+
+    with pytest.raises(DataError, match="a given history is not the events before its target"):
+        evaluate(model, Knowing(model.log, model.split.test.position), llm_users=0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "users", "what"),
+    [
+        ({"item_columns": ["colour"]}, None, "no column 'colour'"),
+        ({}, ["u1", "u1"], "user 'u1' stands there twice"),
+    ],
+)
+def test_a_wrong_slice_is_found_before_the_llm_is_asked(
+    columns: dict[str, Any], users: list[str] | None, what: str, model: Recommender
+) -> None:
+    table = None if users is None else pl.DataFrame({"user_id": users, "age": [1, 2]})
+    engine = FakeEngine()
+    asked = dataclasses.replace(model)
+    asked.use_engine(engine)
+    with pytest.raises(PenchantError, match=what):
+        evaluate(asked, users=table, **columns)
+    assert engine.scored == 0
+
+
+def test_every_prompt_of_the_llm_stage_is_read_for_its_answer(
+    model: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "19 prompts, all that the LLM is asked, were rendered" in "\n".join(evaluate(model, llm_users=9).notes)
+    kind, honest, last = type(model.ranker), type(model.ranker).prompt, model.split.test.history(29)
+
+    def prompt(self: Any, history: np.ndarray) -> Any:
+        return honest(self, np.append(history, model.split.test.item[29]) if np.array_equal(history, last) else history)
+
+    monkeypatch.setattr(kind, "prompt", prompt)
+    monkeypatch.setattr(kind, "scores", lambda *a: pytest.fail("the LLM was asked"))
+    with pytest.raises(DataError, match="names its own answer"):
+        evaluate(model, llm_users=30)
+
+
+@pytest.mark.parametrize("question", ["choose", "yes_no"])
+def test_prompts_of_other_questions_are_read_without_their_candidates(question: Any, model: Recommender) -> None:
+    asked = dataclasses.replace(model, config=model.config.model_copy(update={"question": question}))
+    asked.use_engine(FakeEngine())
+    history = model.split.test.history(0)
+    text = "".join(segment.text for segment in asked.ranker.question_of(history).segments)
+    assert ("Candidates:" if question == "choose" else "Answer Yes or No.") in text
+    assert model.texts[history[-1]] in text
+    assert check_run(asked, asked=model.split.test).texts == 40
 
 
 def test_a_leak_fails_the_run_before_anything_is_scored(model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:

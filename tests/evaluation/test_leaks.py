@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -13,34 +14,24 @@ import torch
 from tests.conftest import toy_frames
 from tests.fake_engine import FakeEngine
 
+from penchant.adapter_card import CARD
 from penchant.data.dataset import Dataset
 from penchant.data.history import EventLog, Targets
+from penchant.data.provenance import LeakCheck
 from penchant.data.split import Split, global_time, leave_last_out
 from penchant.errors import ConfigError, DataError
 from penchant.evaluation import leaks as module
-from penchant.evaluation.leaks import LeakCheck, Row, Rows, check_contents, check_rows, check_run
+from penchant.evaluation.baselines.events import TrainingEvents
+from penchant.evaluation.leaks import check_contents, check_reading, check_run, check_split
 from penchant.evaluation.systems import Queries
+from penchant.files import write_json
+from penchant.interest.behaviour import Behaviour
 from penchant.interest.config import EncoderConfig
+from penchant.interest.inputs import Columns, Reading
+from penchant.interest.words import reading_of
 from penchant.recommend import Recommender
 from penchant.run_folder import FitConfig
 from penchant.tokens import Prompt, Segment
-
-NONE = np.zeros(0, dtype=np.int64)
-
-
-def row(user: int, inputs: list[int], targets: list[int], text_time: list[int] | None = None) -> Row:
-    return Row(
-        user,
-        np.array(inputs, dtype=np.int64),
-        np.array(targets, dtype=np.int64),
-        np.array(text_time or [], dtype=np.int64),
-    )
-
-
-@pytest.fixture
-def split() -> Split:
-    """Users of nine events each: user u has positions 9u to 9u + 8, the last two held out."""
-    return leave_last_out(Dataset.read(*toy_frames(n_users=5)))
 
 
 @pytest.fixture
@@ -48,166 +39,6 @@ def whole() -> Split:
     """One moment for everybody, after four or five events each."""
     moments = [datetime.fromtimestamp(1_000_000 + s, UTC) for s in (250, 420)]
     return global_time(Dataset.read(*toy_frames(n_users=5)), valid_from=moments[0], test_from=moments[1])
-
-
-# -- rows ------------------------------------------------------------------------------------------
-
-
-def test_clean_rows_pass_and_are_counted(split: Split) -> None:
-    found = check_rows(split, [row(0, [0, 1, 2], [3]), row(1, [], [9])], "train")
-    assert found == LeakCheck(training_rows=2, events=5)
-    # Dense: every event but the first is a target, and an input of the next.
-    check_rows(split, [row(2, [18, 19, 20, 21], [19, 20, 21, 22])], "train")
-    assert check_rows(split, [row(0, list(range(7)), [7])], "valid") == LeakCheck(prompts=1, events=8)
-    check_rows(split, [row(0, list(range(8)), [8])], "test")
-    assert check_rows(split, [], "train") == LeakCheck()
-    time = int(split.log.time[3])
-    check_rows(split, [row(0, [0], [3], [time, time - 5])], "train")
-
-
-@pytest.mark.parametrize(
-    ("bad", "part", "what"),
-    [
-        (row(0, [0, 9], [3]), "train", "an input that is another user's event"),
-        (row(1, [0, 1], [3]), "train", "another user's event"),
-        (row(0, [0], [12]), "train", "a target that is another user's event"),
-        (row(99, [0], [3]), "train", "another user's event"),
-        (row(-1, [0], [3]), "train", "another user's event"),
-        (row(0, [0, 4], [3]), "train", "an input later than its target"),
-        (row(0, [0, 3], [3]), "train", "its own target among its inputs"),
-        (row(0, [-1], [3]), "train", "no event"),
-        (row(0, [10_000], [3]), "train", "no event"),
-        (row(0, [0], []), "train", "has no target"),
-        (row(0, [0, 1], [7]), "train", "a held-out event among its targets"),
-        (row(0, [0, 1, 7], [8]), "train", "a held-out event among its inputs"),
-        (row(0, [0, 2, 1], [1, 2, 3]), "train", "inputs not oldest first"),
-        (row(0, [0, 0, 1], [1, 2]), "train", "inputs not oldest first"),
-        (row(0, [0, 1], [2, 3]), "train", "neither its last event nor among its inputs"),
-        (row(0, [0, 1], [8]), "valid", "a target that is no valid target"),
-        (row(0, [0, 1], [7]), "test", "a target that is no test target"),
-        (row(0, [0, 1], [6]), "test", "no test target"),
-        (row(0, [0], [3], [10**18]), "train", "a text later than its target"),
-    ],
-)
-def test_every_leak_in_a_row_is_refused(split: Split, bad: Row, part: str, what: str) -> None:
-    for rows in ([bad], [row(0, [0, 1], [3 if part == "train" else 7 if part == "valid" else 8]), bad]):
-        with pytest.raises(DataError, match=what) as caught:
-            check_rows(split, rows, part)  # type: ignore[arg-type]
-        if 0 <= bad.user < 5:
-            assert f"user u{bad.user}" in str(caught.value)
-
-
-def test_texts_of_a_dense_row_may_not_be_later_than_its_first_target(split: Split) -> None:
-    time = split.log.time
-    check_rows(split, [row(0, [0, 1, 2], [1, 2, 3], [int(time[1])])], "train")
-    with pytest.raises(DataError, match="a text later"):
-        check_rows(split, [row(0, [0, 1, 2], [1, 2, 3], [int(time[2])])], "train")
-
-
-def test_events_equal_in_time_are_judged_by_their_order() -> None:
-    interactions, items = toy_frames(n_users=3)
-    at_once = interactions.with_columns(pl.lit(1_000_000).alias("timestamp"))
-    split = leave_last_out(Dataset.read(at_once, items))
-    check_rows(split, [row(0, [0, 1], [2])], "train")
-    with pytest.raises(DataError, match="after its target in the user's order"):
-        check_rows(split, [row(0, [0, 3], [2])], "train")
-
-
-def test_a_training_row_may_not_stand_after_its_users_held_out_event(split: Split) -> None:
-    # Trained on by mistake: the split's mask says that the test event is training, and validation is left.
-    leaky = dataclasses.replace(split, test=split.test.take(np.array([1, 2, 3, 4])), train=split.train.copy())
-    leaky.train[8] = True
-    check_rows(leaky, [row(0, [0], [1])], "train")
-    with pytest.raises(DataError, match="after the user's held-out one among its targets"):
-        check_rows(leaky, [row(0, [0], [8])], "train")
-
-
-def test_validation_may_not_see_a_test_event(split: Split) -> None:
-    # Cut the wrong way round: each user's test target stands before the validation target.
-    turned = dataclasses.replace(split, valid=split.test, test=split.valid)
-    check_rows(turned, [row(0, [0, 1], [8])], "valid")
-    with pytest.raises(DataError, match="a test event among its inputs"):
-        check_rows(turned, [row(0, [0, 7], [8])], "valid")
-
-
-def test_an_event_of_the_held_out_windows_that_is_no_target_is_not_for_training_either(whole: Split) -> None:
-    first = dataclasses.replace(
-        whole, valid=whole.valid.take(np.arange(0, len(whole.valid), 50)), test=whole.test.take(np.array([0]))
-    )
-    lost = int(whole.valid.position[1])
-    with pytest.raises(DataError, match="not for training among its targets"):
-        check_rows(first, [row(int(whole.log.user[lost]), [], [lost])], "train")
-
-
-def test_an_event_of_a_user_whom_the_log_does_not_know_is_nobodys(split: Split) -> None:
-    renamed = split.dataset.interactions.with_columns(
-        pl.when(pl.int_range(pl.len()) < 2).then(pl.lit("who")).otherwise(pl.col("user_id")).alias("user_id")
-    )
-    lying = dataclasses.replace(split, dataset=Dataset(renamed, split.dataset.items))
-    for user in (-1, 0):
-        with pytest.raises(DataError, match="another user's event"):
-            check_rows(lying, [row(user, [0], [1])], "train")
-
-
-def test_a_mask_that_says_a_held_out_event_is_for_training_is_not_believed(split: Split) -> None:
-    leaky = dataclasses.replace(split, train=np.ones_like(split.train))
-    with pytest.raises(DataError, match="a held-out event among its targets"):
-        check_rows(leaky, [row(0, [0], [8])], "train")
-
-
-def test_a_global_split_trains_on_nothing_of_the_held_out_time(whole: Split) -> None:
-    # The first held-out moment is everybody's, also of users without a target.
-    late = int(np.flatnonzero(whole.log.time >= whole.log.time[whole.valid.position].min())[0])
-    user = int(whole.log.user[late])
-    one = int(np.flatnonzero(whole.log.user != user)[0])
-    leaky = dataclasses.replace(
-        whole,
-        train=np.ones_like(whole.train),
-        valid=Targets(whole.log, whole.valid.position[whole.valid.user != user]),
-        test=Targets(whole.log, whole.test.position[whole.test.user != user]),
-    )
-    check_rows(leaky, [row(int(whole.log.user[one]), [], [one])], "train")
-    last = int(whole.log.start[user + 1]) - 1
-    with pytest.raises(DataError, match="the held-out time"):
-        check_rows(leaky, [row(user, [], [last])], "train")
-
-
-def test_time_is_read_from_the_interactions_and_not_from_the_log(split: Split) -> None:
-    # The log says that all is well; the table says that user 0's second event is later than the sixth.
-    swapped = split.dataset.interactions.with_columns(
-        pl.when(pl.int_range(pl.len()) == 1).then(10**15).otherwise(pl.col("timestamp")).alias("timestamp")
-    )
-    lying = dataclasses.replace(split, dataset=Dataset(swapped, split.dataset.items))
-    with pytest.raises(DataError, match="an input later than its target"):
-        check_rows(lying, [row(0, [0, 1], [5])], "train")
-
-
-def test_rows_of_another_class_are_read_by_their_provenance(split: Split) -> None:
-    @dataclasses.dataclass
-    class Other:
-        user: int
-        inputs: np.ndarray
-        targets: np.ndarray
-
-    check_rows(split, [Other(0, np.array([0]), np.array([1]))], "train")
-    with pytest.raises(DataError, match="its own target"):
-        check_rows(split, [Other(0, np.array([1]), np.array([1]))], "train")
-
-
-def test_a_part_that_does_not_exist(split: Split) -> None:
-    with pytest.raises(ConfigError, match="unknown part"):
-        check_rows(split, [row(0, [0], [1])], "testing")  # type: ignore[arg-type]
-
-
-def test_one_bad_row_of_many_is_found_and_the_number_of_bad_ones_said(split: Split) -> None:
-    rows = [row(u, [9 * u, 9 * u + 1], [9 * u + 2]) for u in range(5)] * 50
-    check_rows(split, Rows.of(rows), "train")
-    rows[77] = row(2, [18, 19], [19])
-    with pytest.raises(DataError, match=r"user u2: a training row has its own target among its inputs\n"):
-        check_rows(split, rows, "train")
-    rows[78] = row(3, [27, 28], [28])
-    with pytest.raises(DataError, match=r"\(2 rows have\)"):
-        check_rows(split, rows, "train")
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -229,47 +60,67 @@ def fit(split: Split) -> Recommender:
 
 
 @pytest.fixture(scope="module")
-def fitted() -> Recommender:
+def model() -> Recommender:
     return fit(leave_last_out(Dataset.read(*toy_frames(n_users=5))))
 
 
 @pytest.fixture
-def model(fitted: Recommender) -> Iterator[Recommender]:
-    """The run, whose split a test may put another in place of."""
-    kept = fitted.split
-    yield fitted
-    fitted.split = kept
+def split(model: Recommender) -> Split:
+    return model.split
 
 
 @pytest.mark.parametrize("block", [1, 20, 4_000_000])
 def test_a_clean_run_passes(model: Recommender, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK", block)
-    found = check_run(model, texts=4)
-    # Five validation prompts of 7 events, five of the test's 8, their targets; five dense rows of 7 events.
-    assert found == LeakCheck(prompts=10, training_rows=5, events=5 * (7 + 8 + 2) + 5 * (6 + 7), texts=8)
-    assert "10 prompts and 5 training rows (150 events)" in found.note()
-    assert "8 prompts were read as text" in found.note()
+    found = check_run(model, asked=model.split.test.sample(4, 0))
+    # Five validation prompts of 7 events, five of the test's 8, their targets; five dense rows of 7 events. The LLM is
+    # asked about four test users, and was about three validation users.
+    assert found == LeakCheck(prompts=10, training_rows=5, events=5 * (7 + 8 + 2) + 5 * (6 + 7), texts=4 + 3)
+    assert "10 prompts and 5 training rows (150 events)" in found.notes()[0]
+    assert "7 prompts, all that the LLM is asked, were rendered" in found.notes()[0]
+    assert "rendered" not in check_run(model).notes()[0]
+
+
+def test_targets_that_are_given_are_checked_too(split: Split) -> None:
+    own = check_split(split)
+    assert check_split(split, split.test) == own
+    some = split.test.take(np.array([3, 1]))
+    assert check_split(split, some) == own + LeakCheck(prompts=2, events=2 * 9)
+
+    class Knowing(Targets):
+        def history(self, i: int) -> np.ndarray:
+            return self.log.item[self.log.before(int(self.position[i])).start : self.position[i] + 1]
+
+        def take(self, rows: np.ndarray) -> Targets:
+            return Knowing(self.log, self.position[rows])
+
+    with pytest.raises(DataError, match="a given history is not the events before its target"):
+        check_split(split, Knowing(split.log, some.position))
+    learnt = Targets(split.log, np.array([3], dtype=np.int64))
+    with pytest.raises(DataError, match="a given prompt has a training event as its target"):
+        check_split(split, learnt)
 
 
 def test_a_clean_run_of_a_global_split_with_users_of_no_history_passes(
-    whole: Split, model: Recommender, monkeypatch: pytest.MonkeyPatch
+    whole: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = Dataset(
         whole.dataset.interactions.filter(~((pl.col("user_id") == "u0") & (pl.col("timestamp") < 1_000_430_000_000))),
         whole.dataset.items,
     )
     moments = [datetime.fromtimestamp(1_000_000 + s, UTC) for s in (250, 420)]
-    model.split = global_time(late, valid_from=moments[0], test_from=moments[1])
-    n = len(model.split.valid) + len(model.split.test)
-    assert any(len(model.split.test.history(i)) == 0 for i in range(len(model.split.test)))
+    split = global_time(late, valid_from=moments[0], test_from=moments[1])
+    n = len(split.valid) + len(split.test)
+    assert any(len(split.test.history(i)) == 0 for i in range(len(split.test)))
+    reading, _ = reading_of(split, Columns())
     for block in (1, 4_000_000):
         monkeypatch.setattr(module, "_BLOCK", block)
-        assert check_run(model).prompts == n
+        assert check_split(split).prompts == n
+        check_reading(split, Columns(), reading)
 
 
 def test_a_production_run_without_a_test_passes(model: Recommender) -> None:
-    model.split = leave_last_out(model.split.dataset, test=False)
-    assert check_run(model).prompts == 5
+    assert check_run(dataclasses.replace(model, split=leave_last_out(model.split.dataset, test=False))).prompts == 5
 
 
 def _target_in_history(patch: pytest.MonkeyPatch) -> None:
@@ -310,6 +161,29 @@ def _training_on_all(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(module, "training_sequences", sequences)
 
 
+def _encoder_trained_on_all(patch: pytest.MonkeyPatch) -> None:
+    def behaviours(split: Split, reading: Reading) -> list[Behaviour]:
+        return [reading.of(split.log.all_of(u)) for u in range(split.log.n_users)]
+
+    patch.setattr(module, "training_behaviours", behaviours)
+
+
+def _baselines_trained_on_all(patch: pytest.MonkeyPatch) -> None:
+    honest = TrainingEvents.of.__func__  # type: ignore[attr-defined]
+
+    def of(cls: type[TrainingEvents], split: Split) -> TrainingEvents:
+        return honest(cls, dataclasses.replace(split, train=np.ones_like(split.train)))
+
+    patch.setattr(TrainingEvents, "of", classmethod(of))
+
+
+def _encoder_told_the_target(patch: pytest.MonkeyPatch) -> None:
+    def before(self: Reading, positions: np.ndarray) -> list[Behaviour]:
+        return [self.of(slice(self.log.before(int(p)).start, int(p) + 1)) for p in positions]
+
+    patch.setattr(Reading, "before", before)
+
+
 @pytest.mark.parametrize(
     ("leak", "what"),
     [
@@ -319,6 +193,9 @@ def _training_on_all(patch: pytest.MonkeyPatch) -> None:
         (_target_asked, "is not the events before its target"),
         (_target_instead_of_the_last, "is not the events before its target"),
         (_training_on_all, "not its user's training events"),
+        (_encoder_trained_on_all, "the item that the encoder reads in training"),
+        (_baselines_trained_on_all, "the baselines learn from other than training events"),
+        (_encoder_told_the_target, "the item that the encoder reads before a valid target"),
     ],
 )
 def test_a_deliberately_leaky_run_is_refused(
@@ -329,63 +206,99 @@ def test_a_deliberately_leaky_run_is_refused(
         check_run(model)
 
 
-def test_a_run_whose_training_mask_holds_the_test_is_refused(model: Recommender) -> None:
-    for held in (model.split.test, model.split.valid):
-        train = model.split.train.copy()
+def test_a_run_whose_training_mask_holds_the_test_is_refused(split: Split) -> None:
+    for held in (split.test, split.valid):
+        train = split.train.copy()
         train[held.position[2]] = True
-        kept, model.split = model.split, dataclasses.replace(model.split, train=train)
+        leaky = dataclasses.replace(split, train=train)
         with pytest.raises(DataError, match="a held-out event among its targets"):
-            check_run(model)
-        model.split = kept
+            check_split(leaky)
 
 
-def test_a_run_whose_log_is_not_its_interactions_is_refused(model: Recommender) -> None:
-    events = model.split.dataset.interactions
-    kept = model.split
+def test_a_run_whose_log_is_not_its_interactions_is_refused(split: Split) -> None:
+    events = split.dataset.interactions
     for column, value in (("timestamp", pl.lit(10**15)), ("item_id", pl.lit("3")), ("user_id", pl.lit("u4"))):
         changed = events.with_columns(
             pl.when(pl.int_range(pl.len()).is_in([3, 5])).then(value).otherwise(pl.col(column)).alias(column)
         )
-        model.split = dataclasses.replace(kept, dataset=Dataset(changed, kept.dataset.items))
+        leaky = dataclasses.replace(split, dataset=Dataset(changed, split.dataset.items))
         with pytest.raises(DataError, match=f"another {column.removesuffix('_id').replace('timestamp', 'time')} than"):
-            check_run(model)
-    model.split = kept
+            check_split(leaky)
 
 
-def test_interactions_out_of_order_are_refused(model: Recommender) -> None:
+def test_interactions_out_of_order_are_refused(split: Split) -> None:
     # A dataset made by hand whose rows are not in the order of time: the test target is the earliest event.
-    flipped = model.split.dataset.interactions.sort(["user_id", "timestamp"], descending=[False, True])
-    dataset = Dataset(flipped, model.split.dataset.items)
+    flipped = split.dataset.interactions.sort(["user_id", "timestamp"], descending=[False, True])
+    dataset = Dataset(flipped, split.dataset.items)
     log = EventLog.from_dataset(dataset)
     last = log.start[1:] - 1
     train = np.ones(len(log.item), dtype=bool)
     train[last] = train[last - 1] = False
-    model.split = Split(dataset, log, train, Targets(log, last - 1), Targets(log, last), {"kind": "leave-last-out"})
+    leaky = Split(dataset, log, train, Targets(log, last - 1), Targets(log, last), {"kind": "leave-last-out"})
     with pytest.raises(DataError, match="an input later than its target"):
-        check_run(model)
+        check_split(leaky)
 
 
-@pytest.mark.parametrize("what", ["codes", "words"])
-def test_a_reading_that_holds_the_target_is_refused(what: str) -> None:
-    interactions, items = toy_frames()
+def told(n_users: int) -> tuple[Split, Columns]:
+    """Events with a type, a review and a rating."""
+    interactions, items = toy_frames(n_users=n_users)
     n = len(interactions)
     more = interactions.with_columns(
         pl.Series("event_type", [["view", "buy"][i * i % 3 % 2] for i in range(n)]),
-        pl.Series("review", [f"opinion {i % 5}" for i in range(n)]),
+        pl.Series("review", [f"opinion {i % 5}" if i % 7 else None for i in range(n)]),
+        pl.Series("rating", [1.0 + i % 5 if i % 6 else None for i in range(n)]),
     )
-    encoder = EncoderConfig(dim=8, blocks=1, epochs=1, batch_rows=8, inputs=("event_type", "gap", "review"))
-    config = FitConfig(encoder=encoder, candidates=5, validation_users=3)
-    model = Recommender.fit(leave_last_out(Dataset.read(more, items)), FakeEngine(), config)
-    check_run(model)
+    split = leave_last_out(Dataset.read(more, items))
+    config = EncoderConfig(inputs=("event_type", "gap", "rating", "review"), loss="mse")
+    return split, Columns.fit(split.dataset.interactions.filter(split.train), config)
+
+
+@pytest.mark.parametrize("what", ["codes", "words", "value"])
+def test_a_reading_that_holds_the_target_is_refused(what: str) -> None:
+    split, columns = told(5)
+    reading, _ = reading_of(split, columns)
+    check_reading(split, columns, reading)
     # Each event read with what belongs to the one after it: the newest of a history knows the target.
-    shifted = np.roll(getattr(model.reading, what), -1, axis=0)
-    model.reading = dataclasses.replace(model.reading, **{what: shifted})
+    shifted = np.roll(getattr(reading, what), -1, axis=0)
+    with pytest.raises(DataError, match=f"the {what} that the encoder reads in training"):
+        check_reading(split, columns, dataclasses.replace(reading, **{what: shifted}))
     with pytest.raises(DataError, match=f"the {what} that the encoder reads"):
-        check_run(model)
+        check_reading(split, columns, dataclasses.replace(reading, **{what: None}))
 
 
-def test_a_prompt_that_renders_its_answer_is_refused(model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {tuple(model.split.test.history(i).tolist()): int(model.split.test.item[i]) for i in range(5)}
+@pytest.mark.parametrize("block", [20, 4_000_000])
+@pytest.mark.parametrize("what", ["codes", "words", "value"])
+def test_no_event_is_left_unread(what: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", block)
+    split, columns = told(230)
+    reading, _ = reading_of(split, columns)
+    check_reading(split, columns, reading)
+    # The one event of one user of many that no training row holds: the validation event, before the test target.
+    changed = getattr(reading, what).copy()
+    changed[split.valid.position[217]] += 1
+    user = split.log.user_ids[split.valid.user[217]]
+    with pytest.raises(DataError, match=f"user {user}: the {what} that the encoder reads before a test target"):
+        check_reading(split, columns, dataclasses.replace(reading, **{what: changed}))
+
+
+def test_what_is_read_of_an_event_before_the_test_is_compared_with_the_past_alone() -> None:
+    split, columns = told(5)
+    honest = Columns.codes
+
+    def peeking(self: Columns, events: pl.DataFrame) -> np.ndarray | None:
+        found = honest(self, events)
+        return None if found is None else np.roll(found, -1, axis=0)  # each event as the next one there is
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Columns, "codes", peeking)
+        reading, _ = reading_of(split, columns)
+        with pytest.raises(DataError, match="the codes that the encoder reads in training"):
+            check_reading(split, columns, reading)
+
+
+def test_a_prompt_that_renders_its_answer_is_refused(
+    model: Recommender, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ranker = type(model.ranker)
     honest = ranker.prompt
 
@@ -393,11 +306,33 @@ def test_a_prompt_that_renders_its_answer_is_refused(model: Recommender, monkeyp
         told = answers.get(tuple(history.tolist()))
         return honest(self, history if told is None else np.append(history, told))  # type: ignore[arg-type]
 
-    check_run(model, texts=5)
+    # The last user's alone: no prompt is left unread.
+    answers = {tuple(split.test.history(4).tolist()): int(split.test.item[4])}
+    check_run(model, asked=split.test)
     monkeypatch.setattr(ranker, "prompt", prompt)
     check_run(model)  # histories are clean
+    check_run(model, asked=split.test.take(np.arange(4)))
     with pytest.raises(DataError, match="names its own answer"):
-        check_run(model, texts=5)
+        check_run(model, asked=split.test)
+
+
+@pytest.mark.parametrize("who", ["ranks", "embeds"])
+def test_an_adapter_that_learnt_what_is_held_out_here_fails_the_run(
+    who: str, model: Recommender, split: Split, tmp_path: Path
+) -> None:
+    source = {"model": "fake", "adapter": str(tmp_path)}
+    made = dataclasses.replace(
+        model,
+        engine_source=source if who == "ranks" else None,
+        embedder={"fingerprint": "other", "source": source} if who == "embeds" else None,
+    )
+    assert "does not say what it was trained on" in check_run(made).notes()[1]
+    card = {"data": split.dataset.content_hash, "split": split.spec}
+    write_json(tmp_path / CARD, card)
+    assert len(check_run(made).notes()) == 1
+    write_json(tmp_path / CARD, card | {"split": {"kind": "leave-last-out, validation only", "min_events": 2}})
+    with pytest.raises(ConfigError, match="under another split"):
+        check_run(made)
 
 
 # -- contents --------------------------------------------------------------------------------------

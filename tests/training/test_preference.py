@@ -90,6 +90,16 @@ def test_held_out_rows_have_the_validation_event_as_the_one_target(corpus: Corpu
         assert row.n_targets == 1
 
 
+def test_a_row_ends_with_its_last_target(corpus: Corpus) -> None:
+    """What would stand behind it is seen by no target: tokens for nothing, and inputs that are later than it."""
+    positions = corpus.train_positions[0][:6]
+    row = preference_row(corpus, positions, {int(positions[1]): [1], int(positions[3]): [2, 3], int(positions[5]): []})
+    assert row.targets.tolist() == positions[[1, 3]].tolist()
+    assert row.inputs.tolist() == positions[:3].tolist()
+    titles = [t for i in corpus.split.log.item[positions[:4]] for t in corpus.item_tokens[int(i)]]
+    assert row.tokens[row.branch == 0].tolist() == [*corpus.opening, *titles]
+
+
 def test_a_held_out_event_in_a_trunk_is_refused(corpus: Corpus) -> None:
     held = int(corpus.split.test.position[1])
     positions = np.arange(corpus.split.log.before(held).start, held + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -20,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
-from penchant.errors import ConfigError, ModelError
+from penchant.errors import ConfigError, DataError, ModelError
 from penchant.prompt import Templates
-from penchant.training import recipes
+from penchant.training import next_item, recipes
 from penchant.training.config import (
     ChooseConfig,
     ContrastiveConfig,
@@ -33,6 +34,7 @@ from penchant.training.config import (
 )
 from penchant.training.recipe import TEMPLATES, Recipe
 from penchant.training.recipes import CONFIGS, cut, finetune
+from penchant.training.rows import Row
 from penchant.training.student import Student, load_student
 
 # A few steps on a random model need not help: that is test_guards.py's matter.
@@ -446,3 +448,50 @@ def test_choose_learns_on_the_toy_data(toy: Dataset, byte_folder: Path, tmp_path
     finetune("choose", config, toy, tmp_path / "run")
     losses = losses_of(tmp_path / "run")
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+
+
+# -- the leak check --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_of_every_recipe_say_which_events_they_are_of(
+    toy: Dataset, byte_folder: Path, prompts: Path, name: str
+) -> None:
+    recipe = Recipe(name, made(name, byte_folder, prompts), leave_last_out(toy))
+    rows = recipe.rows()
+    store = rows.provenance(slice(2, 7))
+    for i in range(5):
+        row = rows[2 + i]
+        assert store.user[i] == row.user
+        assert store.inputs[store.input_start[i] : store.input_start[i + 1]].tolist() == row.inputs.tolist()
+        assert store.targets[store.target_start[i] : store.target_start[i + 1]].tolist() == row.targets.tolist()
+    assert recipe.valid()
+
+
+def test_rows_from_the_cache_that_hold_what_is_held_out_now_are_refused(
+    toy: Dataset, byte_folder: Path, prompts: Path
+) -> None:
+    """A split made by hand, under the same name: another user's last events were trained on before."""
+    split = leave_last_out(toy)
+    one = split.test.take(np.arange(1, len(split.test)))
+    train = split.train.copy()
+    train[split.test.position[0]] = train[split.valid.position[0]] = True
+    more = dataclasses.replace(split, train=train, test=one, valid=split.valid.take(np.arange(1, len(split.valid))))
+    config = made("next_item", byte_folder, prompts, seed=77)
+    Recipe("next_item", config, more).rows()
+    with pytest.raises(DataError, match=r"leak check, user .*: a training row has a held-out event"):
+        Recipe("next_item", config, split).rows()
+
+
+def test_a_held_out_row_that_knows_its_target_is_refused(
+    toy: Dataset, byte_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = next_item.valid_rows
+
+    def leaky(*args: Any) -> list[Row]:
+        first, *rest = honest(*args)
+        return [*rest, dataclasses.replace(first, inputs=np.append(first.inputs, first.targets))]
+
+    monkeypatch.setattr(next_item, "valid_rows", leaky)
+    with pytest.raises(DataError, match="a valid prompt has its own target among its inputs"):
+        Recipe("next_item", made("next_item", byte_folder, prompts), leave_last_out(toy)).valid()

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penchant import __version__
+from penchant.data.provenance import LeakCheck
 from penchant.data.split import Split
 from penchant.environment import environment
 from penchant.errors import ConfigError
@@ -36,7 +37,7 @@ from penchant.evaluation.baselines.events import TrainingEvents
 from penchant.evaluation.baselines.sasrec import SASRec
 from penchant.evaluation.baselines.tune import grid, tune
 from penchant.evaluation.evaluate import Protocol, tabulate
-from penchant.evaluation.leaks import LeakCheck, check_run
+from penchant.evaluation.leaks import check_model, check_reading, check_split, check_weights
 from penchant.evaluation.report import Report
 from penchant.evaluation.rows import Table
 from penchant.evaluation.statistics import Spread
@@ -130,7 +131,14 @@ class Comparison:
 
     @cached_property
     def engine(self) -> Engine:
-        return self.load()
+        engine = self.load()
+        self.checked += check_weights(engine.source, self.split)
+        return engine
+
+    @cached_property
+    def checked(self) -> LeakCheck:
+        """What of the leak check stands in every table."""
+        return check_split(self.split, self.asked.targets)
 
     @cached_property
     def templates(self) -> Templates:
@@ -167,7 +175,9 @@ class Comparison:
             done = self.stages("embed the users' words", len(texts))
             return item_vectors(self.engine, texts, layer=self.layer, pooling=self.task.fit.pooling, progress=done)
 
-        return read_events(self.split, self.task.fit.encoder, embed)
+        columns, reading, words = read_events(self.split, self.task.fit.encoder, embed)
+        check_reading(self.split, columns, reading, self.asked.targets)
+        return columns, reading, words
 
     def key(self, name: str, seed: int, **more: Any) -> str:
         """Of all that decides this system's result."""
@@ -295,14 +305,16 @@ class Comparison:
             self.origins[kind, seed] = stored.get("origin", {})
             return stored["report"]
         begun = time.perf_counter()
-        report = self._full(done, protocol, seed) if full else self._table(done, protocol)
+        report = self._full(done, protocol, seed) if full else self._table(done, protocol, self.checked)
         report.settings["seed"] = seed
         found = report.to_dict()
         self.origins[kind, seed] = origin(self.stamp, time.perf_counter() - begun)
         self.store.save_record(kind, seed, key, {"report": found, "origin": self.origins[kind, seed]})
         return found
 
-    def _table(self, done: dict[str, Finished], protocol: Protocol, model: Recommender | None = None) -> Report:
+    def _table(
+        self, done: dict[str, Finished], protocol: Protocol, checked: LeakCheck, model: Recommender | None = None
+    ) -> Report:
         # Ours first, and of these the one that retrieves for the LLM.
         ours = {name: done[name] for name in reversed(VARIANTS) if name in done}
         theirs = {name: one for name, one in done.items() if name not in VARIANTS}
@@ -336,6 +348,7 @@ class Comparison:
         )
         if tuned and len(self.task.seeds) > 1:
             report.notes.append(f"tuned with seed {self.task.seeds[0]}; the other seeds train what it chose")
+        report.notes.extend(checked.notes())
         report.notes.extend(self.left_out)
         return report
 
@@ -366,9 +379,9 @@ class Comparison:
                 columns=columns,
                 words=words,
             ).with_ranker(self.engine, stages=self.stages)
-            checked: LeakCheck = check_run(model, texts=100, seed=seed)
-            report = self._table(done, protocol, model)
-        report.notes.append(checked.note())
+            targets = self.asked.targets
+            checked = self.checked + check_model(model, targets, targets.take(protocol.sampled(targets)))
+            report = self._table(done, protocol, checked, model)
         report.notes.append(
             f"the LLM's weight was chosen on {model.fusion.n_users:,} validation users, besides the encoder's budget"
         )
@@ -384,7 +397,11 @@ class Comparison:
     # -- the whole ---------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """All seeds, how far they lie apart, and where each system comes from; ``seconds`` is the sum of theirs."""
+        """All seeds, how far they lie apart, and where each system comes from; ``seconds`` is the sum of theirs.
+
+        DataError, before anything is fitted, where the leak check finds something in the split.
+        """
+        self.say(self.checked.notes()[0])
         runs = [self.report(seed) for seed in self.task.seeds]
         for report in runs:
             report["title"] = f"{self.name}: {self.task.about}"

@@ -23,13 +23,14 @@ from penchant.evaluation import beyond
 from penchant.evaluation.examples import examples
 from penchant.evaluation.latency import check_price, request_milliseconds, with_latency
 from penchant.evaluation.leaks import check_run
-from penchant.evaluation.llm_stage import LLMStage, fused_name, run_llm_stage
+from penchant.evaluation.llm_stage import CALIBRATED, LIKELIHOOD, LLMStage, fused_name, run_llm_stage
 from penchant.evaluation.notes import protocol_notes
-from penchant.evaluation.ours import ENCODER, own_systems
+from penchant.evaluation.ours import ENCODER, POPULARITY, own_systems
 from penchant.evaluation.pointwise import value_rows
 from penchant.evaluation.ranking import Ranked, Seen, rank_targets
 from penchant.evaluation.report import Cost, Report, Row
 from penchant.evaluation.rows import Average, Table, corrected
+from penchant.evaluation.slices import Slice
 from penchant.evaluation.slices import slices as slices_of
 from penchant.evaluation.systems import System
 from penchant.interest.vectors import standardise
@@ -53,10 +54,21 @@ class Protocol:
 
     def __post_init__(self) -> None:
         for name, value, least in (("k", self.k, 1), ("llm_users", self.llm_users, 0), ("seed", self.seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise ConfigError(f"{name} is {value!r}", where="evaluate", remedy="give a whole number")
             if value < least:
                 raise ConfigError(f"{name} is {value}", where="evaluate", remedy=f"give {least} or more")
         if self.average not in ("event", "user"):
             raise ConfigError(f"unknown average {self.average!r}", where="evaluate", remedy="use event or user")
+        given = self.candidates
+        if given is None:
+            return
+        if not isinstance(given, np.ndarray) or given.ndim != 2 or not np.issubdtype(given.dtype, np.integer):
+            raise ConfigError(
+                "the candidates are no array of whole numbers (n_targets, c)",
+                where="evaluate",
+                remedy="give np.array(rows) of the log's item indices, padded with -1",
+            )
 
     def rank(self, system: System, targets: Targets, stages: Stages = silent) -> Ranked:
         """One system's ranking of all targets."""
@@ -69,6 +81,13 @@ class Protocol:
             candidates=self.candidates,
             done=stages(f"rank {system.name}", len(targets)),
         )
+
+    def sampled(self, targets: Targets) -> NDArray[np.int64]:
+        """Rows of the ``llm_users`` targets that go through the LLM stage: a seeded draw of those with a history."""
+        warm = np.flatnonzero(targets.position > targets.log.start[targets.user])
+        if self.llm_users >= len(warm):
+            return warm
+        return np.sort(np.random.default_rng(self.seed).choice(warm, size=self.llm_users, replace=False))
 
     def whole(self, n_items: int) -> str:
         """What the targets were ranked among, for the name of a group."""
@@ -111,16 +130,19 @@ def evaluate(
     encoder that learns values (loss mse, or bce with a value) is judged by these too, in a group of their own. With
     ``price_per_hour`` of the machine, in any currency, the costs say what a thousand users cost.
 
-    Raises DataError where there are no targets, one is a training event, or the leak check finds something.
+    Raises DataError where there are no targets, they are another log's, one is a training event, or the leak check
+    finds something; ConfigError where two systems have one name, or an adapter was trained on another split.
     """
     protocol = Protocol(k, llm_users, seed, average, seen, seen_last, candidates)
     check_price(price_per_hour)
     targets = model.split.test if targets is None else targets
-    check_targets(model, targets)
-    checked = check_run(model)
-    begun = time.perf_counter()
+    check_targets(model.split, targets)
     given = {system.name for system in baselines}  # popularity may be one of them
-    systems = [*(system for system in own_systems(model) if system.name not in given), *baselines]
+    own = [system for system in own_systems(model) if not (system.name == POPULARITY and POPULARITY in given)]
+    systems = [*own, *baselines]
+    _check_names([*(system.name for system in systems), LIKELIHOOD, CALIBRATED, fused_name(model.fusion)])
+    checked = check_run(model, targets, targets.take(protocol.sampled(targets)))
+    begun = time.perf_counter()
     ranked = [protocol.rank(system, targets, stages) for system in systems]
     seconds = {"encoder and baselines": time.perf_counter() - begun}
     report = tabulate(
@@ -143,19 +165,40 @@ def evaluate(
     if llm_users:
         took[fused_name(model.fusion)] = request_milliseconds(model, targets, llm=True)
     report.costs[:] = with_latency(report.costs, took, price_per_hour)
-    report.notes.append(checked.note())
+    report.notes.extend(checked.notes())
     return report
 
 
-def check_targets(model: Recommender, targets: Targets) -> None:
-    """Refuse targets that would flatter the model, or none at all."""
+def _check_names(names: Sequence[str]) -> None:
+    twice = [name for number, name in enumerate(names) if name in names[:number]]
+    if twice:
+        raise ConfigError(
+            f"two systems are called {twice[0]!r}, and a table could not tell them apart",
+            where="evaluate",
+            remedy="give each baseline a name of its own",
+        )
+
+
+def check_targets(split: Split, targets: Targets) -> None:
+    """Refuse targets of another log, such as would flatter what was trained on ``split``, or none at all."""
     if len(targets) == 0:
         raise DataError(
             "there are no targets to evaluate on",
             where="evaluate",
             remedy="fit on a split with a test part (leave_last_out or global_time), not on a bare dataset",
         )
-    learnt = int(model.split.train[targets.position].sum())
+    ours, theirs = split.log, targets.log
+    same = ours is theirs or (
+        (ours.user_ids == theirs.user_ids and ours.item_ids == theirs.item_ids)
+        and all(np.array_equal(getattr(ours, name), getattr(theirs, name)) for name in ("start", "item", "time"))
+    )
+    if not same or targets.position.min() < 0 or targets.position.max() >= len(ours.item):
+        raise DataError(
+            "the targets are not events of the data that was fitted on",
+            where="evaluate",
+            remedy="give targets of the split's own log: split.test, split.valid, or Targets(split.log, positions)",
+        )
+    learnt = int(split.train[targets.position].sum())
     if learnt:
         raise DataError(
             f"{learnt:,} of {len(targets):,} targets are events the model was trained on",
@@ -189,6 +232,16 @@ def tabulate(
     """
     log, seconds = split.log, dict(seconds or {})
     encoder = ranked[0]
+    chosen = protocol.sampled(targets) if model else np.zeros(0, dtype=np.int64)
+
+    def parts_of(some: Targets) -> list[Slice]:
+        if not slices:
+            return []
+        columns = [] if users is None else [name for name in users.columns if name != USER]
+        return slices_of(split, some, item_columns=item_columns, user_columns=columns, users=users)
+
+    # Now, for what is wrong with a column must not be found when the LLM was paid.
+    parts, chosen_parts = parts_of(targets), parts_of(targets.take(chosen)) if len(chosen) else []
     table = Table(protocol.k, log.n_items, targets.user, protocol.average, protocol.seed)
     every = f"all {len(targets):,} test targets, {protocol.whole(log.n_items)}"
     rows = table.rows(every, ranked)
@@ -198,7 +251,6 @@ def tabulate(
         rows.append(table.difference(group, f"{encoder.system} minus {best.system}", encoder.rank, best.rank))
     rows += _pair_rows(table, split, targets, {one.system: one for one in ranked}, pairs)
     notes = protocol_notes(split, targets, protocol.seen, protocol.seen_last, protocol.candidates, protocol.average)
-    chosen = llm_sample(targets, protocol.llm_users if model else 0, protocol.seed)
     if model and protocol.llm_users > 0 and not len(chosen):
         notes.append("no target has a history, so the LLM stage ran on none")
     stage, shown, shown_targets = None, list(ranked), targets
@@ -220,15 +272,10 @@ def tabulate(
         notes.append(f"the LLM stage ran on {len(chosen):,} seeded users of {len(targets):,}; --llm-users changes that")
     rows, tests = corrected(rows)
     notes += tests
-    sliced = []
-    if slices:
-        columns = [] if users is None else [name for name in users.columns if name != USER]
-        parts = slices_of(split, targets, item_columns=item_columns, user_columns=columns, users=users)
-        sliced = table.slice_rows(parts, ranked)
-        if stage is not None:
-            parts = slices_of(split, shown_targets, item_columns=item_columns, user_columns=columns, users=users)
-            sliced += table.take(chosen).slice_rows(parts, [stage.fused])
-            notes.append("slices: the LLM's systems on their sample, all others on all targets")
+    sliced = table.slice_rows(parts, ranked)
+    if slices and stage is not None:
+        sliced += table.take(chosen).slice_rows(chosen_parts, [stage.fused])
+        notes.append("slices: the LLM's systems on their sample, all others on all targets")
     if stage is not None and stage.prior_seconds > 0.05:
         notes.append(
             f"the likelihoods without history took {stage.prior_seconds:.1f} s, once for a catalogue; no cost above "
@@ -279,14 +326,6 @@ def best_of(ranked: Sequence[Ranked], table: Table) -> Ranked | None:
     """The one with the best NDCG, chosen on the test itself: the hardest to beat. None of none."""
     quality = [table.mean(table.headline(one.rank)[f"NDCG@{table.k}"]).mean for one in ranked]
     return ranked[int(np.argmax(quality))] if ranked else None
-
-
-def llm_sample(targets: Targets, n: int, seed: int) -> NDArray[np.int64]:
-    """Rows of up to n targets that have a history, drawn without replacement, in order."""
-    warm = np.flatnonzero(targets.position > targets.log.start[targets.user])
-    if n >= len(warm):
-        return warm
-    return np.sort(np.random.default_rng(seed).choice(warm, size=n, replace=False))
 
 
 def _llm_rows(

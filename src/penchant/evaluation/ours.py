@@ -13,7 +13,7 @@ from penchant.evaluation.systems import System
 from penchant.interest.vectors import standardise
 from penchant.recommend import Recommender
 
-ENCODER = "encoder"
+ENCODER, POPULARITY = "encoder", "popularity"
 LAST = "last item (LLM vectors)"
 
 
@@ -26,6 +26,6 @@ def own_systems(model: Recommender) -> list[System]:
     nearest = fit_nearest(standardise(model.vectors[: len(counts)]), counts, NearestConfig(last=1))
     return [
         SASRec(model.encoder, model.index.vectors[: len(counts)], counts, ENCODER, model.reading),
-        Popularity(counts),
+        Popularity(counts, POPULARITY),
         dataclasses.replace(nearest, name=LAST),
     ]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from penchant.data.dataset import Dataset
 from penchant.errors import DataError
-from penchant.evaluation.evaluate import Protocol, check_targets, llm_sample
+from penchant.evaluation.evaluate import Protocol, check_targets
 from penchant.evaluation.leaks import check_run
 from penchant.evaluation.llm_stage import run_llm_stage
 from penchant.evaluation.neutral import neutral_dataset, neutral_names
@@ -105,7 +105,7 @@ def probe(real: Recommender, neutral: Recommender, *, llm_users: int = 500, seed
             remedy="fit both with the same split, one on the dataset and one on its neutral_dataset",
         )
     protocol = Protocol(llm_users=llm_users, seed=seed)
-    chosen = llm_sample(targets, llm_users, seed)
+    chosen = protocol.sampled(targets)
     made = [_ranked(model, protocol, chosen) for model in (real, neutral)]
     table = Table(protocol.k, real.log.n_items, targets.user, seed=seed)
     every = f"memorisation probe, all {len(targets):,} test targets, {protocol.whole(real.log.n_items)}"
@@ -123,8 +123,8 @@ def probe(real: Recommender, neutral: Recommender, *, llm_users: int = 500, seed
 def _ranked(model: Recommender, protocol: Protocol, chosen: NDArray[np.integer]) -> tuple[list[Ranked], list[Ranked]]:
     """The model's systems on all its test targets, and on those ``chosen`` with the LLM's stage."""
     targets = model.split.test
-    check_targets(model, targets)
-    check_run(model)
+    check_targets(model.split, targets)
+    check_run(model, targets, targets.take(chosen))
     every = [protocol.rank(system, targets) for system in own_systems(model)]
     some = [one.take(chosen) for one in every]
     if len(chosen):

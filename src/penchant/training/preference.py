@@ -56,6 +56,8 @@ def preference_row(
     """The events at ``positions`` as a trunk; ``rivals`` names items that hang where an event's own title begins."""
     if not held_out:
         corpus.require_past(positions[:-1], positions)
+    # What stands behind the last target is trained on by nobody.
+    positions = positions[: 1 + max(i for i, p in enumerate(positions.tolist()) if rivals.get(p))]
     log = corpus.split.log
     sequences = [corpus.item_tokens[int(i)] for i in log.item[positions]]
     builder = RowBuilder([*corpus.opening, *(t for s in sequences for t in s)], user=int(log.user[positions[0]]))
@@ -67,7 +69,7 @@ def preference_row(
                 builder.branch(at, corpus.item_tokens[item], group)
         at += len(sequence)
     targets = np.array([p for p in positions.tolist() if rivals.get(p)], dtype=np.int64)
-    return builder.build(positions, targets) if held_out else builder.build(positions[:-1], targets)
+    return builder.build(positions[:-1], targets)
 
 
 def _rivals(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from penchant.data.provenance import Own, check_rows
 from penchant.data.split import Split
 from penchant.engine.folders import fingerprint_of, resolve_model
 from penchant.errors import ConfigError
@@ -40,6 +41,8 @@ from penchant.training.validation import AnswerScore, LetterScore, LikelihoodSco
 
 # Held-out rows of every run: enough that the loss is steady, few enough to be cheap.
 _VALID_ROWS = 200
+# Training rows whose provenance is looked at together.
+_CHECKED = 50_000
 # The templates that decide what each recipe's model must be served with.
 TEMPLATES = {
     "next_item": ("item", "next_item"),
@@ -107,8 +110,21 @@ class Recipe:
     # -- rows ----------------------------------------------------------------------------------
 
     def rows(self) -> RowStore:
-        """All training rows (a seeded sample where max_rows says so), from the cache where they were made before."""
-        return stored_rows(self._key(), lambda: self._sampled(self._make()))
+        """All training rows (a seeded sample where max_rows says so), from the cache where they were made before.
+
+        DataError where one of them, cached or new, holds an event that is held out or not before its target.
+        """
+        found = stored_rows(self._key(), lambda: self._sampled(self._make()))
+        if self.split is not None and not self._from_examples:
+            own = Own.of(self.split)
+            for start in range(0, len(found), _CHECKED):
+                check_rows(self.split, found.provenance(slice(start, start + _CHECKED)), "train", own=own)
+        return found
+
+    @property
+    def _from_examples(self) -> bool:
+        """Whether rows are examples of a file: these do not say which events they were made of."""
+        return isinstance(self.config, YesNoConfig) and self.config.examples is not None
 
     def _make(self) -> Iterator[Row]:
         config = self.config
@@ -144,7 +160,7 @@ class Recipe:
         yield from (every[i] for i in np.sort(keep))
 
     def valid(self) -> list[Row]:
-        """Held-out rows for the loss."""
+        """Held-out rows for the loss; DataError where one holds an event that is not before its target."""
         config, rows = self.config, list[Row]()
         if isinstance(config, NextItemConfig):
             rows = next_item.valid_rows(self.corpus, config, _VALID_ROWS)
@@ -159,6 +175,8 @@ class Recipe:
             rows = yes_no.valid_rows(self.corpus, config, hard, _VALID_ROWS)
         elif isinstance(config, YesNoConfig) and config.valid_examples is not None:
             rows = list(self._example_rows(config.valid_examples))[: max(_VALID_ROWS, config.eval_users)]
+        if self.split is not None and not self._from_examples:
+            check_rows(self.split, rows, "valid")
         return rows
 
     def _key(self) -> tuple[str, ...]:

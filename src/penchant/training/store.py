@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from penchant.data.provenance import NONE, Rows
 from penchant.errors import DataError, StorageError
 from penchant.fetch import cache_folder
 from penchant.files import sha256_file, sha256_text, staged_folder
@@ -38,6 +39,20 @@ class RowStore:
         provenance: dict[str, Any] = {name: np.asarray(row[name], np.int64) for name in _PROVENANCE}
         return Row(user=int(row["user"]), **arrays, **provenance)
 
+    def provenance(self, part: slice) -> Rows:
+        """Whose events some of the rows were made of, and which."""
+        table = self._table.with_format("arrow")[part]
+
+        def lists(name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            column = table[name].combine_chunks()
+            offsets = np.asarray(column.offsets, np.int64)
+            return np.asarray(column.flatten(), np.int64), offsets - offsets[0]
+
+        (inputs, input_start), (targets, target_start) = lists("inputs"), lists("targets")
+        no_text = np.zeros(len(table) + 1, dtype=np.int64)
+        user = np.asarray(table["user"], np.int64)
+        return Rows(user, inputs, input_start, targets, target_start, NONE, no_text)
+
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
@@ -47,7 +62,7 @@ def stored_rows(key: tuple[str, ...], make: Callable[[], Iterator[Row]], folder:
 
     datasets' own caching is not used: its fingerprints hash code by pickling it.
     """
-    name = sha256_text("training rows 1", *key)[:32]
+    name = sha256_text("training rows 2", *key)[:32]
     at = (cache_folder() if folder is None else folder) / "rows" / name
     if not at.is_dir():
         with staged_folder(at) as stage:

@@ -1,0 +1,53 @@
+"""What an adapter's card says of the data it was trained on, held against what is evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penchant.adapter_card import CARD, check_data
+from penchant.errors import ConfigError
+from penchant.files import write_json
+
+LAST = {"kind": "leave-last-out", "min_events": 3}
+NONE_HELD = {"kind": "leave-last-out, validation only", "min_events": 2}
+UNKNOWN = "what of it is in these targets can't be known"
+
+
+def trained(folder: Path, data: str | None, split: dict[str, Any] | None, **config: Any) -> str:
+    folder.mkdir()
+    write_json(folder / CARD, {"data": data, "split": split, "config": config})
+    return str(folder)
+
+
+def test_the_same_data_and_split_need_no_word(tmp_path: Path) -> None:
+    adapter = trained(tmp_path / "a", "d", LAST, model="smollm2-135m", start_from=None)
+    assert check_data({"model": "smollm2-135m", "adapter": adapter}, "d", LAST) == []
+    assert check_data({"model": "smollm2-135m", "adapter": None}, "d", LAST) == []
+    assert check_data(None, "d", LAST) == []
+
+
+@pytest.mark.parametrize("place", ["adapter", "model", "start_from", "config.model"])
+def test_another_split_of_the_same_data_is_refused_wherever_it_was_learnt(place: str, tmp_path: Path) -> None:
+    other = trained(tmp_path / "other", "d", NONE_HELD)
+    source = {"model": "m", "adapter": trained(tmp_path / "a", "d", LAST, start_from=other)}
+    if place in ("adapter", "model"):
+        source = {"model": "m", "adapter": None} | {place: other}
+    if place == "config.model":
+        source["adapter"] = trained(tmp_path / "b", "d", LAST, model=other)
+    with pytest.raises(ConfigError, match="was trained on the same data under another split") as caught:
+        check_data(source, "d", LAST)
+    assert caught.value.where == other
+    assert check_data(source, "d", NONE_HELD) == [] if place in ("adapter", "model") else True
+
+
+def test_other_data_and_no_card_are_said(tmp_path: Path) -> None:
+    elsewhere = trained(tmp_path / "a", "other", NONE_HELD)
+    assert check_data({"adapter": elsewhere}, "d", LAST) == [f"{elsewhere} was trained on other data; {UNKNOWN}"]
+    (tmp_path / "plain").mkdir()
+    (note,) = check_data({"adapter": str(tmp_path / "plain")}, "d", LAST)
+    assert note.endswith(f"does not say what it was trained on; {UNKNOWN}")
+    examples = trained(tmp_path / "b", None, None)
+    assert check_data({"adapter": examples}, "d", LAST) == [f"{examples} was trained on other data; {UNKNOWN}"]
