@@ -16,7 +16,8 @@ from penchant.data.dataset import Dataset
 from penchant.errors import DataError
 from penchant.evaluation.neutral import neutral_dataset, neutral_names
 from penchant.evaluation.recall import TitleRecall, YearRecall, title_recall, year_recall
-from penchant.evaluation.report import Row, without_nan
+from penchant.evaluation.report import Row
+from penchant.files import without_nan
 from penchant.schema import TITLE
 from penchant.tokens import clean
 

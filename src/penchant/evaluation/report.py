@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from penchant.environment import environment
 from penchant.evaluation.statistics import Estimate
+from penchant.files import without_nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +105,6 @@ class Report:
             lines.append(f"  {row.system:<{width}}{cells}{p}")
         lines += ["", *(f"* {note}" for note in self.notes)]
         return "\n".join(lines).lstrip("\n")
-
-
-def without_nan(value: Any) -> Any:
-    """NaN, which JSON has no word for, as None."""
-    if isinstance(value, dict):
-        return {name: without_nan(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _cell(estimate: Estimate, difference: bool) -> str:
