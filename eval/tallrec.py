@@ -3,9 +3,10 @@
     python eval/tallrec.py --data-dir data/tallrec/movie --size 16 --size 64 --size 256 --seeds 3 \
         --work runs/tallrec --out eval/results/tallrec-movie.json
 
-Examples are drawn by seed from train.json.gz, the epoch is chosen on valid.json.gz, and test.json.gz is scored once
-a run: log p(Yes) - log p(No) in one forward an example. Published: TALLRec (LLaMA-7B) .6724, .6748 and .7198 with
-16, 64 and 256 examples; SASRec .5043, .5048 and .5225 (TALLRec's README; Bao et al. 2023).
+Examples are drawn by seed from train.json.gz. Of four points of a run (every quarter of its steps) the one with the
+best AUC on the first 200 rows of valid.json.gz (or --eval-users, if more) is kept. test.json.gz is scored once a run:
+log p(Yes) - log p(No) in one forward an example. Published: TALLRec (LLaMA-7B) .6724, .6748 and .7198 with 16, 64 and
+256 examples; SASRec .5043, .5048 and .5225 (TALLRec's README; Bao et al. 2023).
 What is measured is kept in --work.
 """
 
@@ -24,7 +25,8 @@ from penchant.files import read_json, sha256_file, write_json
 from penchant.metrics import auc
 from penchant.training.checkpoints import load_checkpoint
 from penchant.training.config import YesNoConfig
-from penchant.training.loop import Loop, make_accelerator
+from penchant.training.loop import Loop
+from penchant.training.processes import make_accelerator
 from penchant.training.recipe import Recipe
 from penchant.training.rows import Row
 from penchant.training.settings import read_settings

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from penchant.adapter_card import check_templates
 from penchant.data.split import Split
 from penchant.engine.folders import fingerprint_of, resolve_model
 from penchant.errors import ConfigError
@@ -23,6 +24,7 @@ from penchant.training import choose, contrastive, next_item, preference, yes_no
 from penchant.training.batch import Batch
 from penchant.training.candidates import Retriever
 from penchant.training.config import (
+    CONFIGS,
     ChooseConfig,
     ContrastiveConfig,
     NextItemConfig,
@@ -34,6 +36,7 @@ from penchant.training.corpus import Corpus
 from penchant.training.loop import Task
 from penchant.training.objectives import Loss, StepLoss, task_loss
 from penchant.training.rows import Row
+from penchant.training.start import started
 from penchant.training.store import RowStore, stored_rows
 from penchant.training.student import Student, load_student
 from penchant.training.validation import AnswerScore, LetterScore, LikelihoodScore, NearestScore, engine_of
@@ -59,10 +62,21 @@ class Recipe:
     split: Split | None
 
     def __post_init__(self) -> None:
+        kind = CONFIGS.get(self.name)
+        if kind is None:
+            raise ConfigError(
+                f"no recipe is called {self.name!r}", where="training", remedy=f"use one of: {', '.join(CONFIGS)}"
+            )
+        if not isinstance(self.config, kind):
+            raise ConfigError(
+                f"wants settings of type {kind.__name__}, and got {type(self.config).__name__}", where=self.name
+            )
+        self.config = started(self.config)
         self.templates = Templates(self.config.prompts)
         self.base = resolve_model(self.config.model)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base, local_files_only=True)
         self.codec = TextCodec(self.tokenizer)
+        check_templates(self.config.start_from, self.templates)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -108,7 +122,14 @@ class Recipe:
 
     def rows(self) -> RowStore:
         """All training rows (a seeded sample where max_rows says so), from the cache where they were made before."""
-        return stored_rows(self._key(), lambda: self._sampled(self._make()))
+        dropped = (lambda: self.corpus.dropped) if self.split is not None else (lambda: 0)
+        return stored_rows(self._key(), lambda: self._sampled(self._make()), dropped)
+
+    @property
+    def example_files(self) -> dict[str, Path]:
+        """The files of examples that stand in for a dataset, by their settings."""
+        named = ((name, getattr(self.config, name, None)) for name in ("examples", "valid_examples"))
+        return {name: Path(path) for name, path in named if path is not None and Path(path).is_file()}
 
     def _make(self) -> Iterator[Row]:
         config = self.config
@@ -165,9 +186,7 @@ class Recipe:
         """All that decides the rows."""
         config, split = self.config, self.split
         data = ("none",) if split is None else (split.dataset.content_hash, repr(sorted(split.spec.items())))
-        files = tuple(
-            sha256_file(Path(p)) for p in (getattr(config, "examples", None),) if p is not None and Path(p).is_file()
-        )
+        files = tuple(sha256_file(path) for name, path in self.example_files.items() if name == "examples")
         tokenizer = sha256_text(*(f"{t} {i}" for t, i in sorted(self.tokenizer.get_vocab().items())))
         return (
             self.name,
@@ -185,10 +204,16 @@ class Recipe:
         """Rows, loss and validation for the loop."""
         valid = self.valid()
         loss, weight = self.objective()
-        score, name = self._score(valid)
+        score, name = self.score(valid, self.config)
         rows = self.rows()
-        self._require_context(int(rows.lengths.max()))
-        return Task(self.name, rows, valid, loss, weight, score, name)
+        self.require_context(rows)
+        return Task(self.name, rows, valid, loss, weight, score, name, self.notes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the data before anything is trained on it."""
+        cut = self.corpus.truncated if self.split is not None else 0
+        return [f"{cut} item texts were cut to their first 200 characters, as targets too"] if cut else []
 
     def objective(self) -> tuple[Loss | StepLoss, Callable[[Batch], float]]:
         """The summed loss of a batch or of a step, and what it is divided by."""
@@ -208,8 +233,9 @@ class Recipe:
             return {}
         return {"vectors": {"layer": self.student.layer, "pooling": self.config.pooling}}
 
-    def _require_context(self, longest: int) -> None:
+    def require_context(self, rows: RowStore) -> None:
         """Guard: positions past a model's context are trained to no purpose, and without a word from the model."""
+        longest = int(rows.lengths.max())
         context = getattr(self.student.causal_lm.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and longest > context:
             raise ConfigError(
@@ -218,8 +244,10 @@ class Recipe:
                 remedy="lower pack_tokens, prompt_tokens, max_history or window",
             )
 
-    def _score(self, valid: Sequence[Row]) -> tuple[Callable[[Student], dict[str, float]] | None, str]:
-        config = self.config
+    def score(
+        self, valid: Sequence[Row], config: TrainConfig
+    ) -> tuple[Callable[[Student], dict[str, float]] | None, str]:
+        """What measures a student on validation users, and the name of its figure that decides; None without any."""
         if config.eval_users == 0:
             return None, ""
         if isinstance(config, YesNoConfig):
