@@ -30,9 +30,8 @@ from penchant.files import read_json, write_json
 from penchant.rank import Fusion, Question, Ranker, choose_fusion
 from penchant.training.checkpoints import checkpoints, load_checkpoint
 from penchant.training.config import CONFIGS
+from penchant.training.held_out import held_out_loss
 from penchant.training.journal import read_log
-from penchant.training.loop import Loop
-from penchant.training.processes import make_accelerator
 from penchant.training.recipe import Recipe
 from penchant.training.recipes import cut, finetune
 from penchant.training.settings import read_settings
@@ -75,7 +74,6 @@ def main(
         finetune(name, settings, split, folder, resume=(folder / "run.json").is_file(), on_record=_show)
     recipe = Recipe(name, settings, split)
     task = recipe.task()
-    loop = Loop(task, recipe.student, settings, folder, accelerator=make_accelerator(settings, folder))
     bench = Bench(recipe, QUESTION[name], candidates, test_users, validation_users)
     log = read_log(folder / "log.jsonl")
     stops = _stops(folder, log, sorted(minutes))
@@ -87,7 +85,11 @@ def main(
             point = read_json(kept)
         else:
             load_checkpoint(path, recipe.student, None)
-            point = {"minutes": label, "held_out_loss": loop.held_out_loss(), **bench.measure()}
+            point = {
+                "minutes": label,
+                "held_out_loss": held_out_loss(task, recipe.student, recipe.config),
+                **bench.measure(),
+            }
             write_json(kept, point)
         base = metrics.ndcg(np.array(point["ranks"]["fused"]), 10) if base is None else base
         points.append(

@@ -22,11 +22,12 @@ from penchant.data.split import leave_last_out
 from penchant.errors import ConfigError, ModelError
 from penchant.training.batch import collate
 from penchant.training.config import NextItemConfig, TrainConfig
-from penchant.training.loop import Loop, Outcome, Task
+from penchant.training.loop import Loop
 from penchant.training.processes import make_accelerator
 from penchant.training.recipe import Recipe
 from penchant.training.recipes import finetune
 from penchant.training.student import Student
+from penchant.training.task import Outcome, Task
 
 
 def task_of(toy: Dataset, config: TrainConfig, **changes: Any) -> tuple[Recipe, Task]:

@@ -14,7 +14,7 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.errors import ConfigError
 from penchant.training import preview as preview_module
-from penchant.training.loop import greedy
+from penchant.training.held_out import greedy
 from penchant.training.packing import Plan
 from penchant.training.preview import preview
 from penchant.training.recipe import Recipe

@@ -28,9 +28,9 @@ from penchant.errors import ConfigError, PenchantError, StorageError
 from penchant.resources import shipped
 from penchant.training.checkpoints import checkpoints, load_checkpoint, prune, save_checkpoint
 from penchant.training.config import YesNoConfig
-from penchant.training.loop import Outcome
 from penchant.training.recipes import finetune
 from penchant.training.student import Student, load_student
+from penchant.training.task import Outcome
 
 PROGRAMS = Path(__file__).resolve().parents[2] / "finetune"
 # With dropout: a resumed run must draw the noise that the unbroken one drew.

@@ -12,8 +12,7 @@ import math
 import resource
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,55 +24,19 @@ from penchant.files import without_nan
 from penchant.training.batch import Batch, collate
 from penchant.training.checkpoints import checkpoints, load_checkpoint, prune, save_checkpoint
 from penchant.training.config import TrainConfig
+from penchant.training.held_out import finite, held_out_loss, worth
 from penchant.training.journal import Journal
-from penchant.training.objectives import Loss, StepLoss, over
+from penchant.training.objectives import over
 from penchant.training.packing import Plan
 from penchant.training.processes import Processes
 from penchant.training.rows import Row
-from penchant.training.store import RowStore
 from penchant.training.student import Student
+from penchant.training.task import Outcome, Task
 
 # Steps whose speed decides how many fit the time box, after some that warm up.
 _WARM, _TIMED = 1, 3
 # A run that learns shows it by then.
 _LEARNT_BY = 50
-# Held-out rows whose loss is looked at; more would cost more than they tell.
-VALID_PACKS = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """What a recipe hands to the loop.
-
-    ``loss`` gives a batch's summed loss in nats by the (possibly wrapped) forward and the student itself, after
-    a look at all batches of the step where it is a StepLoss; ``weight`` what the sum is divided by. ``score``
-    measures the student on validation users: a dict whose ``score_name`` entry decides when to stop (larger is
-    better), or None. ``notes`` are warnings about the data.
-    """
-
-    name: str
-    rows: RowStore
-    valid: Sequence[Row]
-    loss: Loss | StepLoss
-    weight: Callable[[Batch], float]
-    score: Callable[[Student], dict[str, float]] | None = None
-    score_name: str = "NDCG@10"
-    notes: Sequence[str] = ()
-
-
-@dataclass(eq=False)
-class Outcome:
-    """Where training ended: steps done and planned, the best step and its validation, what was seen, why it stopped."""
-
-    steps: int
-    total_steps: int
-    best_step: int
-    best: dict[str, Any] | None
-    targets: int
-    tokens: int
-    seconds: float
-    stopped: str
-    warnings: list[str] = field(default_factory=list)
 
 
 class Loop:
@@ -274,8 +237,8 @@ class Loop:
         found: dict[str, Any] = {}
         if self.accelerator.is_main_process:
             begun = time.perf_counter()
-            found["valid_loss"] = self.held_out_loss()
-            if self.task.score is not None and _finite(found["valid_loss"]):
+            found["valid_loss"] = held_out_loss(self.task, self.student, self.config)
+            if self.task.score is not None and finite(found["valid_loss"]):
                 self.student.eval()
                 with torch.no_grad():
                     found |= without_nan(self.task.score(self.student))
@@ -283,16 +246,16 @@ class Loop:
             found["validation_seconds"] = round(time.perf_counter() - begun, 2)
         found = self._processes.same(found)
         state = self.state
-        if not _finite(found["valid_loss"]):
+        if not finite(found["valid_loss"]):
             self._stop_not_finite(f"the held-out loss is {found['valid_loss']} after step {step}")
         if state["start"] is None:
             if found["valid_loss"] is None:
                 self.warn("no held-out row: neither loss nor score can say whether this training helps")
             state["start"] = found
-        best = math.nan if state["best"] is None else _value(state["best"])
+        best = math.nan if state["best"] is None else worth(state["best"])
         # The model before training is what the others are held against, and never what is kept: an adapter that is
         # all zeros would be no adapter. Where nothing can be measured the newest is kept.
-        better = step > 0 and (math.isnan(best) or _value(found) > best)
+        better = step > 0 and (math.isnan(best) or worth(found) > best)
         if better:
             state |= {"best": found, "best_step": step, "bad": 0}
         elif step > 0:
@@ -301,22 +264,9 @@ class Loop:
         self._record({"kind": "validation", "step": step, "minutes": minutes, "best": better, **found})
         return better
 
-    @torch.no_grad()
-    def held_out_loss(self) -> float | None:
-        """Mean loss in nats over the validation rows (the first packs of them), None where there are none."""
-        self.student.eval()
-        packs = greedy(self.task.valid, self.config.pack_tokens)[:VALID_PACKS]
-        batches = [self._batch([rows]) for rows in packs]
-        if not batches:
-            return None
-        loss_of = over(self.task.loss, self.student, batches)
-        summed = sum(float(loss_of(self.student, self.student, batch)) for batch in batches)
-        weight = sum(self.task.weight(batch) for batch in batches)
-        return summed / weight if weight else None
-
     def _check_gain(self) -> None:
         """A loud word where no validation after training was better than the one before it."""
-        start, best = (_value(self.state[name]) if self.state[name] else math.nan for name in ("start", "best"))
+        start, best = (worth(self.state[name]) if self.state[name] else math.nan for name in ("start", "best"))
         if not best > start and not (math.isnan(best) and math.isnan(start)):
             self.warn(
                 f"no validation was better than the one before training ({start:.4f}, then at best {best:.4f}): the "
@@ -325,9 +275,9 @@ class Loop:
 
     def _check_learning(self, step: int) -> None:
         """A loud word where the held-out loss hasn't moved down since the start."""
-        mine = {"loss": self.held_out_loss()} if self.accelerator.is_main_process else {}
+        mine = {"loss": held_out_loss(self.task, self.student, self.config)} if self.accelerator.is_main_process else {}
         found, first = self._processes.same(mine)["loss"], self.state["start"]["valid_loss"]
-        if not _finite(found):
+        if not finite(found):
             self._stop_not_finite(f"the held-out loss is {found} after step {step}")
         if first is not None and not found < first - 1e-4:
             self.warn(
@@ -425,29 +375,3 @@ def memory_mib() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated() / 2**20)
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def _value(found: dict[str, Any]) -> float:
-    """What early stopping compares: the score, or the held-out loss where nothing can be scored; NaN without either."""
-    score, loss = found.get("score"), found["valid_loss"]
-    if score is not None:
-        return float(score)
-    return math.nan if loss is None else -float(loss)
-
-
-def _finite(loss: float | None) -> bool:
-    """Whether a held-out loss is a number, or there is none."""
-    return loss is None or math.isfinite(loss)
-
-
-def greedy(rows: Sequence[Row], size: int) -> list[list[Row]]:
-    """Rows in their order, as many to a pack as fit."""
-    packs: list[list[Row]] = []
-    used = size
-    for row in rows:
-        if used + len(row) > size:
-            packs.append([])
-            used = 0
-        packs[-1].append(row)
-        used += len(row)
-    return packs

@@ -13,7 +13,8 @@ from penchant.data.dataset import Dataset
 from penchant.tokens import TextCodec
 from penchant.training.batch import collate
 from penchant.training.config import ContrastiveConfig, TrainConfig
-from penchant.training.loop import VALID_PACKS, greedy, memory_mib, validation_every
+from penchant.training.held_out import VALID_PACKS, greedy
+from penchant.training.loop import memory_mib, validation_every
 from penchant.training.objectives import over
 from penchant.training.packing import Plan
 from penchant.training.recipe import Recipe

@@ -15,8 +15,8 @@ from penchant.engine.folders import fingerprint_of
 from penchant.environment import versions
 from penchant.errors import ConfigError, ModelError, NotFiniteLossError, StorageError
 from penchant.files import read_json, sha256_file, staged_folder, write_json
-from penchant.training.loop import Outcome
 from penchant.training.recipe import Recipe
+from penchant.training.task import Outcome
 
 
 def publish(recipe: Recipe, outcome: Outcome, out: Path) -> None:

@@ -33,12 +33,12 @@ from penchant.training.config import (
     YesNoConfig,
 )
 from penchant.training.corpus import Corpus
-from penchant.training.loop import Task
 from penchant.training.objectives import Loss, StepLoss, task_loss
 from penchant.training.rows import Row
 from penchant.training.start import started
 from penchant.training.store import RowStore, stored_rows
 from penchant.training.student import Student, load_student
+from penchant.training.task import Task
 from penchant.training.validation import AnswerScore, LetterScore, LikelihoodScore, NearestScore, engine_of
 
 # Held-out rows of every run: enough that the loss is steady, few enough to be cheap.

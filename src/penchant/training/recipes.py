@@ -17,10 +17,11 @@ from penchant.files import write_json
 from penchant.training.checkpoints import load_checkpoint
 from penchant.training.config import TrainConfig
 from penchant.training.journal import plot
-from penchant.training.loop import Loop, Outcome
+from penchant.training.loop import Loop
 from penchant.training.processes import make_accelerator
 from penchant.training.publish import check_out, identity_of, publish
 from penchant.training.recipe import Recipe
+from penchant.training.task import Outcome
 
 
 def cut(dataset: Dataset, config: TrainConfig) -> Split:
