@@ -29,10 +29,11 @@ from penchant.evaluation.statistics import bootstrap_mean
 from penchant.files import read_json, write_json
 from penchant.rank import Fusion, Question, Ranker, choose_fusion
 from penchant.training.checkpoints import checkpoints, load_checkpoint
+from penchant.training.config import CONFIGS
+from penchant.training.held_out import held_out_loss
 from penchant.training.journal import read_log
-from penchant.training.loop import Loop, make_accelerator
 from penchant.training.recipe import Recipe
-from penchant.training.recipes import CONFIGS, cut, finetune
+from penchant.training.recipes import cut, finetune
 from penchant.training.settings import read_settings
 from penchant.training.validation import engine_of
 
@@ -60,6 +61,8 @@ def main(
     validation_users: Annotated[int, typer.Option(help="Users that calibration and weights are chosen on.")] = 300,
 ) -> None:
     """Train and measure. Every setting of the recipe is an option too."""
+    if name not in QUESTION:
+        raise typer.BadParameter(f"{name} has no order of candidates: use one of {', '.join(QUESTION)}")
     kind = CONFIGS[name]
     settings = read_settings(kind, config, context.args).model_copy(
         update={"max_minutes": max(minutes), "eval_minutes": sorted(minutes)[:-1], "patience": 10**6}
@@ -71,22 +74,32 @@ def main(
         finetune(name, settings, split, folder, resume=(folder / "run.json").is_file(), on_record=_show)
     recipe = Recipe(name, settings, split)
     task = recipe.task()
-    loop = Loop(task, recipe.student, settings, folder, accelerator=make_accelerator(settings, folder))
     bench = Bench(recipe, QUESTION[name], candidates, test_users, validation_users)
     log = read_log(folder / "log.jsonl")
     stops = _stops(folder, log, sorted(minutes))
     points: list[dict[str, Any]] = []
     base = None if untuned is None else metrics.ndcg(np.array(read_json(untuned)["ranks"]["fused"]), 10)
-    for label, path in stops:
+    for label, trained, path in stops:
         kept = work / f"{name}-{path.name}.json"
         if kept.is_file():
             point = read_json(kept)
         else:
             load_checkpoint(path, recipe.student, None)
-            point = {"minutes": label, "held_out_loss": loop.held_out_loss(), **bench.measure()}
+            point = {
+                "minutes": label,
+                "held_out_loss": held_out_loss(task, recipe.student, recipe.config),
+                **bench.measure(),
+            }
             write_json(kept, point)
         base = metrics.ndcg(np.array(point["ranks"]["fused"]), 10) if base is None else base
-        points.append({**bench.table(point, base), "minutes": label, "held_out_loss": point["held_out_loss"]})
+        points.append(
+            {
+                **bench.table(point, base),
+                "minutes": label,
+                "minutes_trained": trained,
+                "held_out_loss": point["held_out_loss"],
+            }
+        )
         typer.echo(f"{label:g} minutes: {points[-1]}")
     steps = [r for r in log if r["kind"] == "step"]
     write_json(
@@ -106,15 +119,17 @@ def main(
     typer.echo(str(out))
 
 
-def _stops(folder: Path, log: list[dict[str, Any]], minutes: list[float]) -> list[tuple[float, Path]]:
-    """The checkpoint at the start and the first one at or after each of the minutes."""
+def _stops(folder: Path, log: list[dict[str, Any]], minutes: list[float]) -> list[tuple[float, float, Path]]:
+    """Minutes wanted, minutes trained, checkpoint: of the start, the first at or after each of the minutes, the last.
+
+    The last takes the newest: how many steps fit was fixed beforehand, and they may have gone faster.
+    """
     at = {r["step"]: r["minutes"] for r in log if r["kind"] == "validation"}
     found = [(at[int(p.name[5:])], p) for p in checkpoints(folder / "checkpoints") if int(p.name[5:]) in at]
-    stops = [(0.0, p) for m, p in found if m == 0][:1]
-    for wanted in minutes:
-        later = [(wanted, p) for m, p in found if m >= wanted * 0.95]
-        stops += later[:1]
-    return stops
+    stops = [(0.0, 0.0, p) for m, p in found if m == 0][:1]
+    for wanted in minutes[:-1]:
+        stops += [(wanted, m, p) for m, p in found if m >= wanted * 0.95][:1]
+    return [*stops, (minutes[-1], *found[-1])]
 
 
 class Bench:

@@ -3,9 +3,10 @@
     python eval/tallrec.py --data-dir data --size 16 --size 64 --size 256 --seeds 3 \
         --work runs/tallrec --out eval/results/tallrec-movie.json
 
-Examples are drawn by seed from the task's training rows (eval/tasks/tallrec-movie.yaml), the epoch is chosen on its
-validation rows, and its test rows are scored once a run: log p(Yes) - log p(No) in one forward a row. What is published
-stands in the task. What is measured is kept in --work.
+Examples are drawn by seed from the task's training rows (eval/tasks/tallrec-movie.yaml). Of four points of a run (every
+quarter of its steps) the one with the best AUC on the first 200 of its validation rows (or --eval-users, if more) is
+kept. Its test rows are scored once a run: log p(Yes) - log p(No) in one forward a row. What is published stands in the
+task. What is measured is kept in --work.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from penchant.evaluation.yes_no import answer_margins, yes_no_report
 from penchant.files import read_json, sha256_file, write_json
 from penchant.training.checkpoints import load_checkpoint
 from penchant.training.config import YesNoConfig
-from penchant.training.loop import Loop, make_accelerator
+from penchant.training.loop import Loop
+from penchant.training.processes import make_accelerator
 from penchant.training.recipe import Recipe
 from penchant.training.settings import read_settings
 from penchant.training.validation import engine_of

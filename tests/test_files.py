@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -371,3 +372,11 @@ def test_the_hash_of_texts_stays_what_it_was() -> None:
 def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(bytes(range(256)) * 5000)
     assert sha256_file(tmp_path / "x") == hashlib.sha256(bytes(range(256)) * 5000).hexdigest()
+
+
+def test_json_has_no_word_for_what_is_no_finite_number(tmp_path: Path) -> None:
+    value = {"a": [1.5, math.nan, (np.float64("inf"), "NaN")], "b": {"c": -math.inf, "d": True}}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found == {"a": [1.5, None, [None, "NaN"]], "b": {"c": None, "d": True}}

@@ -10,6 +10,7 @@ All sides run the same model and loss in one process, each warmed, in turns, and
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def _dense(dataset: pt.Dataset, model: str, rounds: int) -> dict[str, Any]:
     dense = [r for r in next_item_rows(recipe.corpus, config) if r.n_targets == 20][:12]
     single = [row for dense_row in dense[:3] for row in _one_by_one(recipe.corpus, config, dense_row)]
     student = recipe.student
-    sides = {"dense": _packs(dense, config), "single": _packs(single, config)}
+    sides = {"dense": _packs(student, dense, config), "single": _packs(student, single, config)}
     step = {name: _stepper(student, batches) for name, batches in sides.items()}
     targets = {name: sum(b.n_targets for b in batches) for name, batches in sides.items()}
     seconds = _in_turns(step, rounds)
@@ -112,17 +113,17 @@ def _packed(dataset: pt.Dataset, model: str, rounds: int) -> dict[str, Any]:
 
 
 def _full(student: Student, length: int) -> Batch:
-    """One sequence as long as a pack, every token a target, and the model's own causal mask."""
+    """One sequence as long as a pack, every token a target; without a mask attention is plainly causal."""
     rng = np.random.default_rng(0)
     size = int(student.causal_lm.get_input_embeddings().weight.shape[0])
     builder = RowBuilder(rng.integers(100, size, size=length).tolist())
     builder.supervise(1, length - 1)
-    return _batch(student, [builder.build()])
+    return dataclasses.replace(_batch(student, [builder.build()]), mask=None)
 
 
-def _packs(rows: list[Row], config: NextItemConfig) -> list[Batch]:
+def _packs(student: Student, rows: list[Row], config: NextItemConfig) -> list[Batch]:
     packs = pack([len(r) for r in rows], config.pack_tokens, np.random.default_rng(0))
-    return [collate([[rows[i] for i in p]], torch.bfloat16) for p in packs]
+    return [_batch(student, [rows[i] for i in p]) for p in packs]
 
 
 def _batch(student: Student, rows: list[Row]) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,14 @@ def read_card(adapter: str | Path | None) -> dict[str, Any] | None:
     return card if isinstance(card, dict) else None
 
 
+def trained_part(source: Mapping[str, Any] | None) -> str | None:
+    """Where the card of what an engine serves would lie: its adapter, or the (merged, or wholly trained) model."""
+    source = source or {}
+    return source.get("adapter") or source.get("model")
+
+
 def check_templates(adapter: str | Path | None, templates: Templates) -> None:
-    """ConfigError where an adapter of ours was trained with another text of a template than it would be served with."""
+    """ConfigError where what we trained was trained with another text of a template than it would be served with."""
     card = read_card(adapter)
     if card is None:
         return

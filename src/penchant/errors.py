@@ -36,6 +36,10 @@ class NotFiniteError(ModelError):
     """A score or vector of one of those asked about is not a number: the others may still be answered."""
 
 
+class NotFiniteLossError(ModelError):
+    """Training met a loss that is not a number; what was best before it is still good."""
+
+
 class FetchError(PenchantError):
     """None of the sources of a model or dataset could be used."""
 

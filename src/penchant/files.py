@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -152,10 +153,20 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
         np.lib.format.write_array(Writer(), array, allow_pickle=False)
 
 
+def without_nan(value: Any) -> Any:
+    """NaN and infinities, which JSON has no word for, as None, at any depth."""
+    if isinstance(value, dict):
+        return {name: without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented UTF-8 JSON, atomically."""
+    """Write ``value`` as indented UTF-8 JSON, atomically; what is no finite number becomes null."""
+    text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, sort_keys=False, allow_nan=False)
     with staged_file(path) as stage:
-        stage.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
+        stage.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from penchant import schema
-from penchant.adapter_card import check_templates
+from penchant.adapter_card import check_templates, trained_part
 from penchant.data.dataset import Dataset
 from penchant.data.history import Targets
 from penchant.data.split import Split, leave_last_out
@@ -71,7 +71,7 @@ class Recommender(Updated):
         config = config or FitConfig()
         split = data if isinstance(data, Split) else leave_last_out(data, test=False)
         templates = Templates(prompts)
-        check_templates((engine.source or {}).get("adapter"), templates)  # now, not when the encoder is trained
+        check_templates(trained_part(engine.source), templates)  # now, not when the encoder is trained
         seconds: dict[str, float] = {}
 
         @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penchant import schema
-from penchant.adapter_card import check_templates
+from penchant.adapter_card import check_templates, trained_part
 from penchant.catalog_trie import CatalogTrie
 from penchant.data.history import EventLog
 from penchant.errors import ConfigError, DataError, ModelError
@@ -69,7 +69,7 @@ class Served(Fitted):
                 where="engine",
                 remedy="load the same model, adapter and dtype, or fit again",
             )
-        check_templates((engine.source or {}).get("adapter"), self.templates)
+        check_templates(trained_part(engine.source), self.templates)
         self._engine = engine
         self._ranker = None
 

@@ -141,7 +141,7 @@ def test_a_dry_run_says_what_it_would_train(penchant: Call, ready: Any, tmp_path
     assert figure(ended.out, "steps in all") == 3 * figure(ended.out, "steps an epoch")
     assert figure(ended.out, "tokens an epoch") > 210
     assert 0 <= figure(ended.out, "padding") < 25
-    for name in ("trained weights", "memory: weights", "memory: peak of two steps", "speed, measured"):
+    for name in ("trained weights", "memory: weights", "memory: peak of two forwards", "speed, measured"):
         assert figure(ended.out, name) >= 0
     assert "minutes" in ended.out
     shown = marked(ended.out)
@@ -207,6 +207,9 @@ def test_a_recipe_that_is_none_is_refused(penchant: Call, ready: Any) -> None:
         (["--split", "global-time", "--valid-from", "1980-01-01", "--test-from", "1979-01-01"], ["validation window"]),
         (["--lora.targets", "[nothing]"], ["no such adapter", "lora.targets"]),
         (["--pack-tokens", "17"], ["cut off", "pack_tokens"]),
+        (["--split", "global-time", "--valid-from", "2020-99-99"], ["valid_from", "2020-99-99"]),
+        (["--model", "2024-13-01"], ["2024-13-01"]),
+        (["--device", "meta"], ["device meta"]),
         (["loose"], ["'loose' is no option"]),
     ],
 )

@@ -16,7 +16,7 @@ from penchant.adapter_card import check_templates, read_card
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
-from penchant.errors import ConfigError, DataError, ModelError
+from penchant.errors import ConfigError, DataError, ModelError, NotFiniteLossError
 from penchant.prompt import Templates
 from penchant.recommend import Recommender
 from penchant.resources import shipped
@@ -25,6 +25,7 @@ from penchant.training import recipe as recipe_module
 from penchant.training import recipes
 from penchant.training.checkpoints import checkpoints, load_checkpoint
 from penchant.training.config import ChooseConfig, ContrastiveConfig, NextItemConfig, PreferenceConfig
+from penchant.training.merge import merge
 from penchant.training.recipe import Recipe
 from penchant.training.recipes import finetune
 from penchant.training.student import Student, load_student
@@ -148,6 +149,53 @@ def test_a_rate_far_too_high_stops(toy: Dataset, byte_folder: Path, tmp_path: Pa
     load_checkpoint(tmp_path / "run" / "checkpoints" / "step-0000000", good, None)
 
 
+def test_weights_that_became_no_numbers_are_not_published(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    """One step, and nothing after it that would meet the loss."""
+    config = settings(byte_folder, learning_rate=1e30, max_steps=1)
+    with pytest.raises(NotFiniteLossError, match="the held-out loss is nan after step 1"):
+        finetune("next_item", config, toy, tmp_path / "run")
+    assert not (tmp_path / "run" / "penchant.json").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_whose_logits_are_no_numbers_is_not_published(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path, method: str
+) -> None:
+    """Also where no held-out row could say so."""
+
+    def poison(student: Student) -> None:
+        with torch.no_grad():
+            next(iter(student.trainable().values())).fill_(float("nan"))
+
+    tampered(monkeypatch, poison)
+    config = settings(byte_folder, max_steps=3, method=method, learning_rate=1e-3)
+    with pytest.raises(NotFiniteLossError, match="logits are not finite"):
+        finetune("next_item", config, toy, tmp_path / "run")
+    assert not (tmp_path / "run" / "penchant.json").exists()
+
+
+def test_what_was_best_before_a_loss_that_is_no_number_is_published(
+    picture: None, monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    students: list[Student] = []
+    plain = recipe_module.load_student
+    monkeypatch.setattr(recipe_module, "load_student", lambda c: students.append(plain(c)) or students[-1])
+
+    def poison(record: dict[str, Any]) -> None:
+        if record["kind"] == "step" and record["step"] == 5:
+            with torch.no_grad():
+                next(iter(students[0].trainable().values()))[0, 0] = float("nan")
+
+    out = tmp_path / "run"
+    with pytest.raises(NotFiniteLossError, match="in step 6; it was not taken") as raised:
+        finetune("next_item", settings(byte_folder, epochs=3, eval_every=2), toy, out, on_record=poison)
+    assert f"{out} holds the best validation's (step 4)" in str(raised.value.remedy)
+    outcome = json.loads((out / "penchant.json").read_text())["outcome"]
+    assert (outcome["stopped"], outcome["steps"], outcome["best_step"]) == ("non-finite loss", 5, 4)
+    load_engine(byte_folder, out, dtype="float32", device="cpu")
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG", "the curves of a run that failed too"
+
+
 # -- runs that learn nothing -----------------------------------------------------------------------
 
 
@@ -224,6 +272,31 @@ def test_the_item_whose_title_is_too_long_is_named(toy: Dataset, byte_folder: Pa
         finetune("next_item", settings(byte_folder, pack_tokens=60), data, tmp_path / "run")
 
 
+def test_titles_cut_to_their_first_characters_are_said_aloud(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    titles = toy.items["title"].to_list()
+    titles[3] = "a " * 150
+    data = Dataset(toy.interactions, toy.items.with_columns(title=pl.Series(titles)))
+    config = settings(byte_folder, max_steps=1, pack_tokens=512)
+    with pytest.warns(UserWarning, match="1 item texts were cut to their first 200 characters"):
+        outcome = finetune("next_item", config, data, tmp_path / "run")
+    assert any("were cut" in w for w in outcome.warnings)
+
+
+def test_events_that_fit_no_prompt_are_counted_in_the_card(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    from penchant.training.next_item import next_item_rows
+
+    config = settings(byte_folder, mode="single", prompt_tokens=60, max_steps=1, packs_per_step=1)
+    recipe = Recipe("next_item", config, leave_last_out(toy))
+    log = recipe.corpus.split.log
+    wanted = 0
+    for row in next_item_rows(recipe.corpus, config):
+        wanted += min(8, int(row.targets[0]) - log.before(int(row.targets[0])).start) - len(row.inputs)
+    assert wanted > 0
+    for name in ("made", "from the cache"):
+        finetune("next_item", config, toy, tmp_path / name)
+        assert json.loads((tmp_path / name / "penchant.json").read_text())["events_dropped"] == wanted
+
+
 # -- templates -------------------------------------------------------------------------------------
 
 
@@ -259,6 +332,27 @@ def test_an_adapter_is_not_served_with_another_template(
     config = FitConfig(candidates=4, validation_users=4, encoder={"epochs": 1})
     with pytest.raises(ConfigError, match="another text of the template"):
         Recommender.fit(split, engine, config=config, prompts=tmp_path / "prompts")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_merged_or_wholly_trained_model_is_not_served_with_another_template(
+    toy: Dataset, byte_folder: Path, adapter: Path, tmp_path: Path, method: str
+) -> None:
+    if method == "lora":
+        model = merge(adapter, tmp_path / "merged", dtype="float32").folder
+    else:
+        model = tmp_path / "full"
+        finetune("next_item", settings(byte_folder, max_steps=3, method="full", learning_rate=1e-3), toy, model)
+    engine = load_engine(model, dtype="float32", device="cpu")
+    config = FitConfig(candidates=4, validation_users=4, encoder={"epochs": 1})
+    prompts = changed_templates(tmp_path / "prompts", "next_item")
+    with pytest.raises(ConfigError, match="another text of the template"):
+        Recommender.fit(leave_last_out(toy), engine, config=config, prompts=prompts)
+    other = Recommender.fit(leave_last_out(toy), load_engine(byte_folder, dtype="float32", device="cpu"), config=config)
+    other.templates, other.fingerprint = Templates(prompts), engine.fingerprint
+    with pytest.raises(ConfigError, match="another text of the template"):
+        other.use_engine(engine)
+    Recommender.fit(leave_last_out(toy), engine, config=config, prompts=model / "prompts")
 
 
 def test_its_own_templates_and_those_it_does_not_use_are_fine(adapter: Path, tmp_path: Path) -> None:

@@ -22,10 +22,12 @@ from penchant.data.split import leave_last_out
 from penchant.errors import ConfigError, ModelError
 from penchant.training.batch import collate
 from penchant.training.config import NextItemConfig, TrainConfig
-from penchant.training.loop import Loop, Outcome, Task, make_accelerator
+from penchant.training.loop import Loop
+from penchant.training.processes import make_accelerator
 from penchant.training.recipe import Recipe
 from penchant.training.recipes import finetune
 from penchant.training.student import Student
+from penchant.training.task import Outcome, Task
 
 
 def task_of(toy: Dataset, config: TrainConfig, **changes: Any) -> tuple[Recipe, Task]:
@@ -167,6 +169,13 @@ def test_it_stops_by_the_score_and_not_by_the_loss(toy: Dataset, byte_folder: Pa
     assert loop.best_checkpoint().name == "step-0000004"
 
 
+def test_a_run_that_gets_worse_stops_early_by_default(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    config = settings(byte_folder, epochs=8, eval_every=None)
+    _, outcome = run(toy, config, tmp_path / "run", score=scripted([0.1, 0.5, 0.4, 0.3, 0.2]))
+    assert (outcome.total_steps, outcome.steps, outcome.best_step) == (40, 30, 10)
+    assert outcome.stopped.startswith("no better validation")
+
+
 def test_the_best_checkpoint_is_what_is_published(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -199,14 +208,25 @@ def test_where_nothing_can_be_measured_the_newest_is_kept(toy: Dataset, byte_fol
         _, outcome = run(toy, config, tmp_path / "run", valid=[])
     assert outcome.best_step == outcome.steps == 15
     assert outcome.stopped == "finished"
+    plain_json(tmp_path / "run")
+    recipe, task = task_of(toy, config, valid=[])
+    loop = Loop(task, recipe.student, config, tmp_path / "run", accelerator=make_accelerator(config, tmp_path))
+    assert loop.run(resume=True).best_step == 15
+
+
+def plain_json(out: Path) -> None:
+    """All that a run wrote is JSON that others read too: NaN is none."""
+    states = [p.read_text() for p in (out / "checkpoints").glob("*/state.json")]
+    assert states
+    for text in [*states, *(out / "log.jsonl").read_text().splitlines()]:
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_a_score_that_is_no_number_leaves_the_loss_to_decide(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
     config = settings(byte_folder, epochs=2, eval_every=2)
     _, outcome = run(toy, config, tmp_path / "run", score=lambda student: {"NDCG@10": math.nan})
     assert outcome.best_step == outcome.steps
-    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    plain_json(tmp_path / "run")
 
 
 def test_a_run_that_never_got_better_says_so(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:

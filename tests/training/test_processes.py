@@ -14,8 +14,8 @@ from tests.training.helpers import losses_of, settings, steps_of
 
 from penchant.data.dataset import Dataset
 from penchant.training.config import ContrastiveConfig, PreferenceConfig
-from penchant.training.loop import make_accelerator
 from penchant.training.packing import Plan
+from penchant.training.processes import make_accelerator
 from penchant.training.recipe import Recipe
 from penchant.training.recipes import cut, finetune
 
@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from penchant.cli.recipe import program
 from penchant.data.dataset import Dataset
 from penchant.training.config import ContrastiveConfig, PreferenceConfig
-from penchant.training.loop import make_accelerator
+from penchant.training.processes import make_accelerator
 from penchant.training.recipes import finetune
 
 end = Accelerator.end_training

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 import yaml
@@ -25,6 +26,7 @@ from penchant.errors import ConfigError, DataError, ModelError
 from penchant.prompt import Templates
 from penchant.training import next_item, recipes
 from penchant.training.config import (
+    CONFIGS,
     ChooseConfig,
     ContrastiveConfig,
     NextItemConfig,
@@ -33,7 +35,7 @@ from penchant.training.config import (
     YesNoConfig,
 )
 from penchant.training.recipe import TEMPLATES, Recipe
-from penchant.training.recipes import CONFIGS, cut, finetune
+from penchant.training.recipes import cut, finetune
 from penchant.training.rows import Row
 from penchant.training.student import Student, load_student
 
@@ -201,6 +203,8 @@ def test_targets_name_the_adapted_layers_and_never_the_head(byte_folder: Path) -
     assert adapted() == every
     assert adapted(last_layers=2) == every
     assert adapted(targets=["q_proj", "v_proj"]) == {"q_proj", "v_proj"}
+    with pytest.raises(ConfigError, match="changes the head"):
+        adapted(targets=["lm_head", "q_proj"])
 
 
 @pytest.mark.parametrize(
@@ -232,13 +236,68 @@ def test_one_recipe_goes_on_from_anothers_adapter(
     assert np.abs(served - started).max() > 1e-4
 
 
+def test_a_folder_without_an_adapter_is_no_start(byte_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such adapter folder"):
+        load_student(settings(byte_folder, start_from=str(tmp_path / "absent")))
+    with pytest.raises(ModelError, match=r"no adapter_config\.json"):
+        load_student(settings(byte_folder, start_from=str(tmp_path)))
+
+
 def test_an_adapter_of_another_model_is_no_start(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
-    for folder in (tmp_path / "absent", tmp_path):
-        with pytest.raises(ModelError, match="cannot be gone on from"):
-            load_student(settings(byte_folder, start_from=str(folder)))
-    (tmp_path / "other").mkdir()
-    other = tiny.save_model(tmp_path / "other", "sentencepiece")
-    assert other.is_dir()
+    """Of the same shapes: nothing but the card says so."""
+    other = tiny.save_model(tmp_path / "other", "byte", seed=5)
+    first = run(toy, other, tmp_path / "first")
+    with pytest.raises(ModelError, match="was trained on another model"):
+        finetune("next_item", settings(byte_folder, start_from=str(first)), toy, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ModelError, match="was trained on another model"):
+        load_engine(byte_folder, first, dtype="float32", device="cpu")
+    (first / "penchant.json").unlink()
+    load_student(settings(byte_folder, start_from=str(first)))  # peft's own are not judged
+
+
+def test_an_empty_adapter_is_no_start(byte_folder: Path, tmp_path: Path) -> None:
+    empty = tiny.save_adapter(byte_folder, tmp_path / "a", spread=0.0)
+    with pytest.raises(ModelError, match="changes no logit"):
+        load_student(settings(byte_folder, start_from=str(empty)))
+
+
+def test_an_adapter_whose_weights_fit_nothing_is_no_start(byte_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapter = tiny.save_adapter(byte_folder, tmp_path / "a")
+    path = adapter / "adapter_model.safetensors"
+    save_file({k.replace("layers.1.", "layers.7."): v for k, v in load_file(path).items()}, path)
+    with pytest.raises(ModelError, match="does not fit this model"):
+        load_student(settings(byte_folder, start_from=str(adapter)))
+
+
+def test_an_adapter_trained_with_another_template_is_no_start(
+    toy: Dataset, byte_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    from tests.training.test_guards import changed_templates
+
+    first = run(toy, byte_folder, tmp_path / "first")
+    changed = str(changed_templates(tmp_path / "p", "next_item"))
+    with pytest.raises(ConfigError, match="another text of the template 'next_item'"):
+        Recipe("preference", settings(byte_folder, PreferenceConfig, start_from=str(first), prompts=changed), None)
+    # yes_no's differs from the shipped one, and the first recipe had no use for it
+    Recipe("preference", settings(byte_folder, PreferenceConfig, start_from=str(first), prompts=str(prompts)), None)
+
+
+def test_the_settings_of_an_adapter_gone_on_from_are_its_own(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    first = run(toy, byte_folder, tmp_path / "first", lora={"r": 3, "alpha": 6, "rslora": True})
+    for asked, words in (({"r": 8}, r"r 8 \(it has 3\)"), ({"r": 3, "rslora": False}, r"rslora False \(it has True\)")):
+        config = settings(byte_folder, start_from=str(first), lora=asked)
+        with pytest.raises(ConfigError, match=words):
+            finetune("next_item", config, toy, tmp_path / "other")
+    for name, asked in (("same", {"lora": {"r": 3}}), ("unsaid", {})):
+        values = {k: v for k, v in settings(byte_folder).model_dump(exclude_unset=True).items() if k != "lora"}
+        config = NextItemConfig(**{**values, "start_from": str(first), "max_steps": 1, **asked})
+        finetune("next_item", config, toy, tmp_path / name)
+        saved = yaml.safe_load((tmp_path / name / "config.yaml").read_text())["lora"]
+        assert (saved["r"], saved["alpha"], saved["rslora"]) == (3, 6, True)
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] == 3
 
 
 def test_bfloat16_trains_and_keeps_the_adapter_in_float32(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
@@ -337,6 +396,32 @@ def test_quantisation_without_bitsandbytes_is_refused(monkeypatch: pytest.Monkey
 def test_full_training_of_a_quantised_or_adapted_model_is_refused(byte_folder: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="method full"):
         settings(byte_folder, method="full", **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("preferences", PreferenceConfig, "no recipe is called 'preferences'"),
+        ("choose", NextItemConfig, "wants settings of type ChooseConfig, and got NextItemConfig"),
+        ("next_item", PreferenceConfig, "wants settings of type NextItemConfig"),
+    ],
+)
+def test_a_recipe_wants_its_own_settings(
+    toy: Dataset, byte_folder: Path, tmp_path: Path, name: str, kind: type[TrainConfig], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        finetune(name, settings(byte_folder, kind), toy, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_without_numbers_is_refused(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device meta"):
+        finetune("next_item", settings(byte_folder, device="meta"), toy, tmp_path / "run")
+
+
+def test_preference_without_an_adapter_to_switch_off_is_refused(byte_folder: Path) -> None:
+    with pytest.raises(ValueError, match="use method lora"):
+        settings(byte_folder, PreferenceConfig, method="full")
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -439,6 +524,27 @@ def test_splits_are_cut_as_asked_for(toy: Dataset, byte_folder: Path) -> None:
     assert found.spec["kind"] == "global time"
     with pytest.raises(ConfigError, match="need split: global-time"):
         cut(toy, settings(byte_folder, valid_from=at))
+
+
+@pytest.mark.filterwarnings("ignore:no held-out row")
+@pytest.mark.parametrize("name", KINDS)
+def test_validation_users_without_a_history_leave_the_loss_to_decide(
+    byte_folder: Path, prompts: Path, tmp_path: Path, name: str
+) -> None:
+    """A split by time in which everybody is new once the validation begins."""
+    from datetime import UTC, datetime
+
+    from tests.conftest import toy_frames
+
+    interactions, items = toy_frames(n_users=20)
+    new = interactions.group_by("user_id", maintain_order=True).first()
+    new = new.with_columns(user_id="n" + new["user_id"], timestamp=2_000_000 + pl.int_range(len(new)) * 60)
+    data = Dataset.read(pl.concat([interactions, new.select(interactions.columns)]), items)
+    at = {k: datetime.fromtimestamp(s, UTC) for k, s in (("valid_from", 1_900_000), ("test_from", 2_000_600))}
+    config = made(name, byte_folder, prompts, split="global-time", **at, eval_users=4, max_steps=2)
+    outcome = finetune(name, config, data, tmp_path / "run")
+    assert outcome.steps == 2
+    assert all(r.get("score") is None for r in steps_of(tmp_path / "run", "validation"))
 
 
 def test_choose_learns_on_the_toy_data(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ import torch
 from safetensors.torch import load_file
 from tests import tiny
 from tests.conftest import toy_frames
-from tests.training.helpers import losses_of, settings, steps_of
+from tests.training.helpers import losses_of, patched_clock, settings, steps_of
+from tests.training.test_yes_no import entry
 
 from penchant.data.dataset import Dataset
 from penchant.errors import ConfigError, PenchantError, StorageError
 from penchant.resources import shipped
 from penchant.training.checkpoints import checkpoints, load_checkpoint, prune, save_checkpoint
-from penchant.training.loop import Outcome
+from penchant.training.config import YesNoConfig
 from penchant.training.recipes import finetune
 from penchant.training.student import Student, load_student
+from penchant.training.task import Outcome
 
 PROGRAMS = Path(__file__).resolve().parents[2] / "finetune"
 # With dropout: a resumed run must draw the noise that the unbroken one drew.
@@ -158,6 +161,45 @@ def test_wherever_it_is_broken_off_the_log_is_the_unbroken_runs(
     assert kinds[0] == kinds[1], "no step and no validation is missing or there twice"
     for name in ("best_step", "targets", "stopped"):
         assert getattr(broken, name) == getattr(unbroken, name)
+
+
+def test_a_time_boxed_run_goes_on_with_the_steps_that_were_fixed(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    """Broken off before its first regular checkpoint, and resumed on a clock ten times as fast."""
+    config = settings(byte_folder, epochs=100, max_minutes=2.5, patience=99)
+    patched_clock(monkeypatch, "penchant.training.loop", 10)
+    whole = finetune("next_item", config, toy, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        finetune("next_item", config, toy, tmp_path / "broken", on_record=stop_after(9))
+    patched_clock(monkeypatch, "penchant.training.loop", 1)
+    broken = finetune("next_item", config, toy, tmp_path / "broken", resume=True)
+    assert broken.total_steps == whole.total_steps == 15
+    assert losses_of(tmp_path / "broken") == losses_of(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore:nothing learnt", "ignore:no validation")
+def test_other_examples_of_the_same_name_are_refused(byte_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    """Without a dataset nothing else says what was trained on."""
+    titles = ["Heat (1995)", "Alien (1979)", "Up (2009)", "M (1931)"]
+
+    def write(name: str, yes: str, no: str) -> str:
+        rows = [entry(f'"{a}"', "", b, yes if i % 2 else no) for i, (a, b) in enumerate(permutations(titles, 2))]
+        (tmp_path / name).write_text(json.dumps(rows))
+        return str(tmp_path / name)
+
+    files = {"examples": write("train.json", "Yes.", "No."), "valid_examples": write("valid.json", "Yes.", "No.")}
+    more = {"prompts": str(prompts), "pack_tokens": 512, "max_steps": 2, "learning_rate": 1e-3}
+    config = settings(byte_folder, YesNoConfig, **files, **more)
+    finetune("yes_no", config, None, tmp_path / "run")
+    finetune("yes_no", config, None, tmp_path / "run", resume=True)
+    card = json.loads((tmp_path / "run" / "penchant.json").read_text())
+    assert set(card["examples"]) == {"examples", "valid_examples"}
+    for name in ("train.json", "valid.json"):
+        write(name, "No.", "Yes.")
+        with pytest.raises(ConfigError, match="in: examples"):
+            finetune("yes_no", config, None, tmp_path / "run", resume=True)
+        write(name, "Yes.", "No.")
 
 
 def test_a_finished_run_resumed_trains_no_more(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from penchant.errors import ConfigError
-from penchant.training.config import ChooseConfig, NextItemConfig, TrainConfig, YesNoConfig
-from penchant.training.recipes import CONFIGS
+from penchant.training.config import CONFIGS, ChooseConfig, NextItemConfig, TrainConfig, YesNoConfig
 from penchant.training.settings import describe, read_settings
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "finetune" / "configs"
@@ -73,6 +72,7 @@ def test_options_stand_over_the_file(tmp_path: Path) -> None:
         (["--valid-from", "2020-01-02"], "valid_from", datetime(2020, 1, 2)),
         (["--valid-from", "2020-01-02T03:04:05Z"], "valid_from", datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC)),
         (["--epochs", "1", "--epochs", "2"], "epochs", 2),
+        (["--model", "2024-13-01"], "model", "2024-13-01"),
     ],
 )
 def test_an_options_value_is_read_as_yaml(options: list[str], name: str, value: Any) -> None:
@@ -115,6 +115,7 @@ def test_whatever_python_prints_of_a_number_is_read_back(rate: float, r: int) ->
         (["--max-steps", "1.5"], "max_steps"),
         (["--dtype", "float8"], "dtype.*float8"),
         (["--mode", "sparse"], "mode"),
+        (["--valid-from", "2020-99-99"], "valid_from"),
         (["--gradient-checkpointing", "perhaps"], "gradient_checkpointing"),
         (["--eval-minutes", "10"], "eval_minutes"),
         (["--warmup", "1"], "warmup"),

@@ -1,4 +1,4 @@
-"""yes_no: a positive and its negatives, none of them ever taken by the user; and TALLRec's own format."""
+"""yes_no: a positive and its negatives, none of them taken by the user in training; and TALLRec's own format."""
 
 from __future__ import annotations
 
@@ -56,19 +56,28 @@ def is_yes(row: Row) -> bool:
 
 
 @pytest.mark.parametrize("kinds", [["unexposed"], ["hard"], ["unexposed", "hard"], ["hard", "unexposed"]])
-def test_no_negative_is_an_item_the_user_ever_took(corpus: Corpus, byte_folder: Path, kinds: list[str]) -> None:
-    log = corpus.split.log
+def test_no_negative_is_an_item_the_user_took_and_held_out_ones_are_not_spared(
+    corpus: Corpus, byte_folder: Path, kinds: list[str]
+) -> None:
+    split, log = corpus.split, corpus.split.log
     retriever: Any = Fixed(corpus)  # its candidates include items that the user takes later, and held-out ones
     made = config(byte_folder, negatives=kinds, negatives_per_positive=2, candidates=12)
-    rows = list(yes_no_rows(corpus, made, retriever)) + valid_rows(corpus, made, retriever, 20)
-    positives = [row for row in rows if is_yes(row)]
-    negatives = [row for row in rows if not is_yes(row)]
-    assert len(positives) == 90 + 20
-    assert len(negatives) > 150
-    for row in negatives:
-        ever = log.item[log.all_of(row.user)]
-        assert asked_item(corpus, row) not in ever
-    for row in positives:
+    trained, valid = list(yes_no_rows(corpus, made, retriever)), valid_rows(corpus, made, retriever, 20)
+    assert sum(is_yes(row) for row in trained) == 90
+    assert sum(is_yes(row) for row in valid) == 20
+    held_out = dict.fromkeys(("valid", "test"), 0)
+    for rows in (trained, valid):
+        negatives = [row for row in rows if not is_yes(row)]
+        assert len(negatives) > 1.4 * sum(is_yes(row) for row in rows)
+        for row in negatives:
+            mine, item = log.all_of(row.user), asked_item(corpus, row)
+            assert item not in log.item[mine][split.train[mine]]
+            for name, part in (("valid", split.valid), ("test", split.test)):
+                held_out[name] += rows is trained and item in part.item[part.user == row.user]
+    assert min(held_out.values()) > 0, "a row that never names them would tell which they are"
+    for row in valid:
+        assert is_yes(row) or asked_item(corpus, row) not in split.valid.item[split.valid.user == row.user]
+    for row in (row for row in trained + valid if is_yes(row)):
         assert asked_item(corpus, row) == log.item[row.targets[0]]
 
 
@@ -80,7 +89,8 @@ def test_hard_negatives_are_the_retrievers_and_kinds_take_turns(corpus: Corpus, 
     assert negatives
     for row in negatives:
         pool = retriever.candidates(row.targets, 4).items[0]
-        assert asked_item(corpus, row) in set(pool.tolist()) - set(log.item[log.all_of(row.user)].tolist())
+        mine = log.all_of(row.user)
+        assert asked_item(corpus, row) in set(pool.tolist()) - set(log.item[mine][corpus.split.train[mine]].tolist())
     both = list(yes_no_rows(corpus, config(byte_folder, negatives_per_positive=2, candidates=16), retriever))
     assert sum(not is_yes(row) for row in both) == 2 * sum(is_yes(row) for row in both)
 

@@ -57,7 +57,8 @@ def run_recipe(
     from penchant.engine.noise import quiet_libraries
 
     quiet_libraries()
-    from penchant.training.recipes import CONFIGS, finetune
+    from penchant.training.config import CONFIGS
+    from penchant.training.recipes import finetune
     from penchant.training.settings import describe, read_settings
 
     kind = CONFIGS[name]
@@ -94,8 +95,9 @@ def run_recipe(
 def _show(record: dict[str, Any]) -> None:
     """A line for each validation, and for a step now and then."""
     if record["kind"] == "validation":
-        numbers = [f"{k} {v:.4f}" for k, v in record.items() if "NDCG" in k or k == "AUC"]
-        parts = [f"held-out loss {record['valid_loss']:.4f}", *numbers]
+        numbers = {k: v for k, v in record.items() if "NDCG" in k or k == "AUC"}
+        numbers = {"held-out loss": record["valid_loss"], **numbers}
+        parts = [f"{k} none" if v is None else f"{k} {v:.4f}" for k, v in numbers.items()]
         err.print(f"step {record['step']:>6}  " + "  ".join(parts), highlight=False, soft_wrap=True)
     elif record["step"] % 10 == 0 or record["step"] <= 3:
         err.print(

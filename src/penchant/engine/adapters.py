@@ -33,7 +33,7 @@ _PLAIN_BEGINNINGS = ("gaussian", "orthogonal", "eva")
 _WEIGHT = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
-def with_adapter(model: PreTrainedModel, folder: Path) -> Any:
+def with_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> Any:
     """The model with a peft adapter on it, a PeftModel; one that changes no logit (saved empty) is refused."""
     _require_files(folder)
     try:
@@ -41,7 +41,7 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Any:
             # peft only warns of keys that fit nothing
             warnings.simplefilter("error", UserWarning)
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            wrapped = PeftModel.from_pretrained(model, folder)
+            wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning, SafetensorError) as error:
         raise ModelError(
             f"does not fit this model: {error}", where=str(folder), remedy="use the adapter's own base model"
@@ -49,7 +49,7 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Any:
     wrapped.eval()
     size = int(model.get_input_embeddings().weight.shape[0])
     ids = torch.arange(1, 33, device=model.device).remainder(size).unsqueeze(0)
-    with torch.inference_mode():
+    with torch.no_grad():
         adapted = wrapped(input_ids=ids, use_cache=False).logits
         with wrapped.disable_adapter():
             plain = wrapped(input_ids=ids, use_cache=False).logits

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from penchant.engine.adapters import merged_folder, with_adapter
+from penchant.engine.adapters import merged_folder, require_own_base, with_adapter
 from penchant.engine.folders import fingerprint_of, require_weights, resolve_adapter, resolve_model
 from penchant.errors import ConfigError, ModelError
 
@@ -110,6 +110,7 @@ def load_engine(
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise ConfigError(f"cannot move the model to device {device!r}: {error}", remedy="use auto or cpu") from error
     if adapter_folder is not None:
+        require_own_base(adapter_folder, folder)
         loaded = with_adapter(loaded, adapter_folder).get_base_model()
     name = str(loaded.dtype).removeprefix("torch.")
     return TransformersEngine(
@@ -176,6 +177,8 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"unknown device {device!r}", remedy="use auto, cpu or cuda") from error
+    if found.type == "meta":
+        raise ConfigError("device meta holds shapes and no numbers", remedy="use auto, cpu or cuda")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda asked for, and torch sees none", remedy="use device='cpu' or 'auto'")
     return found

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from penchant.adapter_card import check_vectors
+from penchant.adapter_card import check_vectors, trained_part
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
 from penchant.engine.common import Limits, Work, check_finite, check_pooling, check_search, encoded, paired, searches
@@ -262,7 +262,7 @@ class TransformersEngine:
             raise ConfigError(
                 f"layer {layer} of a model with {self.n_layers}", remedy=f"use 0 to {self.n_layers}, or -1 for the last"
             )
-        check_vectors((self.source or {}).get("adapter"), layer % (self.n_layers + 1), pooling)
+        check_vectors(trained_part(self.source), layer % (self.n_layers + 1), pooling)
         ids = encoded(self.codec, texts, self._limits)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = np.empty((len(ids), self._hidden_size), dtype=np.float32)

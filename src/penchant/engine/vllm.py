@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penchant.adapter_card import check_vectors
+from penchant.adapter_card import check_vectors, trained_part
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.adapters import check_request, kept_adapter
 from penchant.engine.asking import Ask, Known
@@ -230,7 +230,7 @@ class VllmEngine:
                 remedy="fit with `layer: -1` (FitConfig(layer=-1)); serve a run that was fitted at another layer with "
                 "a transformers engine beside this one: Recommender.load(run, engine, embedder=load_engine(model))",
             )
-        check_vectors((self.source or {}).get("adapter"), self.n_layers, pooling)
+        check_vectors(trained_part(self.source), self.n_layers, pooling)
         ids = encoded(self.codec, texts, self._limits)
         order = sorted(range(len(ids)), key=lambda i: ids[i])
         out = np.empty((len(ids), self._hidden_size), dtype=np.float32)

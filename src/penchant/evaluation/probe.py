@@ -24,8 +24,9 @@ from penchant.evaluation.notes import protocol_notes
 from penchant.evaluation.ours import own_systems
 from penchant.evaluation.ranking import Ranked
 from penchant.evaluation.recall import TitleRecall, YearRecall, title_recall, year_recall
-from penchant.evaluation.report import Report, Row, without_nan
+from penchant.evaluation.report import Report, Row
 from penchant.evaluation.rows import Table, corrected
+from penchant.files import without_nan
 from penchant.recommend import Recommender, silent
 from penchant.schema import TITLE
 from penchant.tokens import clean

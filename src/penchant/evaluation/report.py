@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from penchant.environment import environment
 from penchant.evaluation.statistics import Estimate
+from penchant.files import without_nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +118,6 @@ def heading(group: str, settings: Mapping[str, Any]) -> str:
     """A group's name as every table shows it: where targets stood among sampled candidates, it says so."""
     n = settings.get("candidates")
     return group if n is None or "sampled candidates" in group else f"{group}, sampled candidates ({n})"
-
-
-def without_nan(value: Any) -> Any:
-    """NaN, which JSON has no word for, as None."""
-    if isinstance(value, dict):
-        return {name: without_nan(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _cell(estimate: Estimate, difference: bool) -> str:

@@ -70,7 +70,7 @@ class TrainConfig(BaseModel):
     eval_users: int = Field(default=100, ge=0, description="validation users for NDCG@10; 0: loss only")
     eval_every: int | None = Field(default=None, ge=1, description="steps between validations; None: four in the run")
     eval_minutes: list[float] = Field(default_factory=list, description="also validate and keep at these minutes")
-    patience: int = Field(default=3, ge=1, description="validations without a better score before it stops")
+    patience: int = Field(default=2, ge=1, description="validations without a better score before it stops")
     checkpoint_every: int = Field(default=50, ge=1, description="steps between checkpoints")
     seed: int = Field(default=0, ge=0, lt=2**31, description="of new weights, dropout, order and samples")
     report_to: list[str] = Field(default_factory=list, description="accelerate's trackers: tensorboard, wandb, ...")
@@ -167,3 +167,18 @@ class PreferenceConfig(TrainConfig):
     every: int = Field(default=2, ge=1, description="every how many-th item of a history is a target with rivals")
     window: int = Field(default=20, ge=2, description="items in a row's trunk")
     folds: int = Field(default=2, ge=2, description="retrievers: each retrieves for users it hasn't been trained on")
+
+    @model_validator(mode="after")
+    def _has_a_reference(self) -> PreferenceConfig:
+        if self.method == "full":
+            raise ValueError("preference holds the adapter against the base without it: use method lora")
+        return self
+
+
+CONFIGS: dict[str, type[TrainConfig]] = {
+    "next_item": NextItemConfig,
+    "yes_no": YesNoConfig,
+    "choose": ChooseConfig,
+    "preference": PreferenceConfig,
+    "contrastive": ContrastiveConfig,
+}

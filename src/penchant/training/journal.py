@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from penchant.errors import StorageError
-from penchant.files import disk_full, staged_file
+from penchant.files import disk_full, staged_file, without_nan
 
 
 class Journal:
@@ -51,15 +50,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(record: dict[str, Any]) -> str:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, ensure_ascii=False) + "\n"
+    return json.dumps(without_nan(record), ensure_ascii=False) + "\n"
 
 
 def plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """The loss of steps and of held-out rows, and the validation score where there is one, as a PNG."""
     steps = [r for r in records if r["kind"] == "step"]
-    valid = [r for r in records if r["kind"] == "validation"]
-    scored = [r for r in valid if r.get("score") is not None]
+    every = [r for r in records if r["kind"] == "validation"]
+    valid = [r for r in every if r["valid_loss"] is not None]
+    scored = [r for r in every if r.get("score") is not None]
     figure = Figure(figsize=(7.5, 3.2 if not scored else 5.6), layout="constrained")
     axes = figure.subplots(2 if scored else 1, 1, sharex=True, squeeze=False)[:, 0]
     axes[0].plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#9aa7b5", lw=0.8, label="each step")

@@ -12,88 +12,31 @@ import math
 import resource
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 
-from penchant.errors import ConfigError, ModelError
+from penchant.errors import ConfigError, ModelError, NotFiniteLossError
+from penchant.files import without_nan
 from penchant.training.batch import Batch, collate
 from penchant.training.checkpoints import checkpoints, load_checkpoint, prune, save_checkpoint
 from penchant.training.config import TrainConfig
+from penchant.training.held_out import finite, held_out_loss, worth
 from penchant.training.journal import Journal
-from penchant.training.objectives import Loss, StepLoss, alone, over
+from penchant.training.objectives import over
 from penchant.training.packing import Plan
+from penchant.training.processes import Processes
 from penchant.training.rows import Row
-from penchant.training.store import RowStore
 from penchant.training.student import Student
+from penchant.training.task import Outcome, Task
 
 # Steps whose speed decides how many fit the time box, after some that warm up.
 _WARM, _TIMED = 1, 3
 # A run that learns shows it by then.
 _LEARNT_BY = 50
-# Held-out rows whose loss is looked at; more would cost more than they tell.
-_VALID_PACKS = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """What a recipe hands to the loop.
-
-    ``loss`` gives a batch's summed loss in nats by the (possibly wrapped) forward and the student itself, after
-    a look at all batches of the step where it is a StepLoss; ``weight`` what the sum is divided by. ``score``
-    measures the student on validation users: a dict whose ``score_name`` entry decides when to stop (larger is
-    better), or None.
-    """
-
-    name: str
-    rows: RowStore
-    valid: Sequence[Row]
-    loss: Loss | StepLoss
-    weight: Callable[[Batch], float]
-    score: Callable[[Student], dict[str, float]] | None = None
-    score_name: str = "NDCG@10"
-
-
-@dataclass(eq=False)
-class Outcome:
-    """Where training ended: steps done and planned, the best step and its validation, what was seen, why it stopped."""
-
-    steps: int
-    total_steps: int
-    best_step: int
-    best: dict[str, Any] | None
-    targets: int
-    tokens: int
-    seconds: float
-    stopped: str
-    warnings: list[str] = field(default_factory=list)
-
-
-def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
-    """Processes and devices as `accelerate launch` set them up; one process without it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*no supported trackers", UserWarning)
-            found = Accelerator(
-                cpu=config.device == "cpu" or not torch.cuda.is_available(),
-                mixed_precision="no",
-                log_with=config.report_to or None,
-                project_dir=str(out) if config.report_to else None,
-            )
-    except ValueError as error:
-        raise ConfigError(str(error), where="report_to", remedy="name one of accelerate's trackers") from error
-    # A tracker whose package is missing is left out, without a word where there are others.
-    absent = sorted(set(config.report_to) - {"all", *map(str, found.log_with)})
-    if absent:
-        raise ConfigError(
-            f"the package of {', '.join(absent)} is not installed", where="report_to", remedy="install it, or leave it"
-        )
-    return found
 
 
 class Loop:
@@ -110,7 +53,7 @@ class Loop:
         on_record: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.task, self.student, self.config, self.out = task, student, config, out
-        self.accelerator = accelerator
+        self.accelerator, self._processes = accelerator, Processes(accelerator)
         self.plan = Plan(
             task.rows.lengths, pack_tokens=config.pack_tokens, packs_per_step=config.packs_per_step, seed=config.seed
         )
@@ -129,6 +72,8 @@ class Loop:
             )
         self._on_record = on_record or (lambda record: None)
         self._folder = out / "checkpoints"
+        self.step = 0  # steps done
+        self._journal: Journal | None = None
         # All that a checkpoint keeps besides weights and moments.
         self.state: dict[str, Any] = {
             "total_steps": self._planned(),
@@ -148,16 +93,18 @@ class Loop:
     def run(self, *, resume: bool = False) -> Outcome:
         found = self._resume() if resume else None
         if self.accelerator.is_main_process:
-            self.journal = Journal(self.out / "log.jsonl", resume_step=found)
-        step = found or 0
+            self._journal = Journal(self.out / "log.jsonl", resume_step=found)
+        self.step = step = found or 0
         if found is None:
+            for note in self.task.notes:
+                self.warn(note)
             self._validate(0)
             self._checkpoint(0, keep=bool(self.config.eval_minutes))
         due = sorted(60 * m for m in self.config.eval_minutes if 60 * m > self.state["seconds"])
         while step < self.state["total_steps"] and not self.state["stopped"]:
             self._step(step)
-            step += 1
-            self._fix_total(step)
+            self.step = step = step + 1
+            fixed = self._fix_total(step)
             last = step == self.state["total_steps"]
             at_minute = bool(due) and self.state["seconds"] >= due[0]
             if at_minute:
@@ -172,12 +119,17 @@ class Loop:
                 elif not better and self.state["bad"] >= self.config.patience and not last:
                     self.state["stopped"] = f"no better validation in {self.config.patience}"
                 self._checkpoint(step, keep=at_minute)
-            elif step % self.config.checkpoint_every == 0:
+            elif fixed or step % self.config.checkpoint_every == 0:
+                # A resumed run must not time its steps anew: on a faster clock its schedule would be another one.
                 self._checkpoint(step)
         self._check_gain()
+        return self.outcome()
+
+    def outcome(self) -> Outcome:
+        """Where the run stands."""
         s = self.state
         return Outcome(
-            step,
+            self.step,
             s["total_steps"],
             s["best_step"],
             s["best"],
@@ -197,6 +149,11 @@ class Loop:
         self.forward = self.student
         self.accelerator.free_memory()
 
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What was logged so far; the main process has it."""
+        return self._journal.records if self._journal is not None else []
+
     def best_checkpoint(self) -> Path:
         """The checkpoint of the best validation."""
         return self._folder / f"step-{self.state['best_step']:07d}"
@@ -210,7 +167,7 @@ class Loop:
             self._batch([[self.task.rows[r] for r in pack] for pack in packs[i : i + config.packs_per_forward]])
             for i in range(0, len(packs), config.packs_per_forward)
         ]
-        weight = self._sum(sum(self.task.weight(batch) for batch in batches))
+        weight = self._processes.sum(sum(self.task.weight(batch) for batch in batches))
         if weight <= 0:
             raise ModelError(f"step {step + 1} has no weighted target", where="training", remedy="check the weights")
         rate = self._rate(step)
@@ -218,7 +175,7 @@ class Loop:
             group["lr"] = rate
         # The noise of dropout is a function of seed, step and process: a resumed run draws the same.
         torch.manual_seed(hash((config.seed, step, self.accelerator.process_index)) % 2**63)
-        loss_of = over(self.task.loss, self.student, batches, self._gather)
+        loss_of = over(self.task.loss, self.student, batches, self._processes.gather)
         summed = 0.0
         for i, batch in enumerate(batches):
             hold = i + 1 < len(batches) and world > 1
@@ -227,10 +184,12 @@ class Loop:
                 # DDP averages gradients over processes: the sum is wanted.
                 self.accelerator.backward(loss * (world / weight))
             summed += float(loss.detach())
-        loss_value = self._sum(summed) / weight
+        loss_value = self._processes.sum(summed) / weight
         norm = float(torch.nn.utils.clip_grad_norm_(self.student.trainable().values(), config.max_grad_norm))
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
-            self._stop_not_finite(step, loss_value, norm)
+            self._stop_not_finite(
+                f"the loss is {loss_value} and the gradient's norm {norm} in step {step + 1}; it was not taken"
+            )
         if step == 0 and norm == 0:
             raise ModelError(
                 "no weight gets a gradient: nothing would be learnt",
@@ -239,11 +198,11 @@ class Loop:
             )
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        targets = int(self._sum(float(sum(b.n_targets for b in batches))))
-        tokens = int(self._sum(float(sum(b.n_tokens for b in batches))))
-        run = int(self._sum(float(sum(b.tokens.numel() for b in batches))))
-        examples = int(self._sum(float(sum(len(pack) for pack in packs))))
-        seconds = float(self._same({"seconds": time.perf_counter() - begun})["seconds"])
+        targets = int(self._processes.sum(float(sum(b.n_targets for b in batches))))
+        tokens = int(self._processes.sum(float(sum(b.n_tokens for b in batches))))
+        run = int(self._processes.sum(float(sum(b.tokens.numel() for b in batches))))
+        examples = int(self._processes.sum(float(sum(len(pack) for pack in packs))))
+        seconds = float(self._processes.same({"seconds": time.perf_counter() - begun})["seconds"])
         self.state["targets"] += targets
         self.state["tokens"] += tokens
         self.state["seconds"] += seconds
@@ -278,23 +237,25 @@ class Loop:
         found: dict[str, Any] = {}
         if self.accelerator.is_main_process:
             begun = time.perf_counter()
-            found["valid_loss"] = self.held_out_loss()
-            if self.task.score is not None:
+            found["valid_loss"] = held_out_loss(self.task, self.student, self.config)
+            if self.task.score is not None and finite(found["valid_loss"]):
                 self.student.eval()
                 with torch.no_grad():
-                    found |= self.task.score(self.student)
+                    found |= without_nan(self.task.score(self.student))
                 found |= {"score": found[self.task.score_name], "score_name": self.task.score_name}
             found["validation_seconds"] = round(time.perf_counter() - begun, 2)
-        found = self._same(found)
+        found = self._processes.same(found)
         state = self.state
+        if not finite(found["valid_loss"]):
+            self._stop_not_finite(f"the held-out loss is {found['valid_loss']} after step {step}")
         if state["start"] is None:
-            if math.isnan(found["valid_loss"]):
-                self._warn("no held-out row: neither loss nor score can say whether this training helps")
+            if found["valid_loss"] is None:
+                self.warn("no held-out row: neither loss nor score can say whether this training helps")
             state["start"] = found
-        best = math.nan if state["best"] is None else _value(state["best"])
+        best = math.nan if state["best"] is None else worth(state["best"])
         # The model before training is what the others are held against, and never what is kept: an adapter that is
         # all zeros would be no adapter. Where nothing can be measured the newest is kept.
-        better = step > 0 and (math.isnan(best) or _value(found) > best)
+        better = step > 0 and (math.isnan(best) or worth(found) > best)
         if better:
             state |= {"best": found, "best_step": step, "bad": 0}
         elif step > 0:
@@ -303,32 +264,23 @@ class Loop:
         self._record({"kind": "validation", "step": step, "minutes": minutes, "best": better, **found})
         return better
 
-    @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Mean loss in nats over the validation rows (the first packs of them), NaN where there are none."""
-        self.student.eval()
-        packs = _greedy(self.task.valid, self.config.pack_tokens)[:_VALID_PACKS]
-        batches = [self._batch([rows]) for rows in packs]
-        loss_of = over(self.task.loss, self.student, batches)
-        summed = sum(float(loss_of(self.student, self.student, batch)) for batch in batches)
-        weight = sum(self.task.weight(batch) for batch in batches)
-        return summed / weight if weight else math.nan
-
     def _check_gain(self) -> None:
         """A loud word where no validation after training was better than the one before it."""
-        start, best = (_value(self.state[name]) if self.state[name] else math.nan for name in ("start", "best"))
+        start, best = (worth(self.state[name]) if self.state[name] else math.nan for name in ("start", "best"))
         if not best > start and not (math.isnan(best) and math.isnan(start)):
-            self._warn(
+            self.warn(
                 f"no validation was better than the one before training ({start:.4f}, then at best {best:.4f}): the "
                 "untuned model may serve better; lower learning_rate, train longer, or see log.jsonl"
             )
 
     def _check_learning(self, step: int) -> None:
         """A loud word where the held-out loss hasn't moved down since the start."""
-        found = self._same({"loss": self.held_out_loss() if self.accelerator.is_main_process else 0.0})["loss"]
-        first = self.state["start"]["valid_loss"]
-        if not math.isnan(first) and not found < first - 1e-4:
-            self._warn(
+        mine = {"loss": held_out_loss(self.task, self.student, self.config)} if self.accelerator.is_main_process else {}
+        found, first = self._processes.same(mine)["loss"], self.state["start"]["valid_loss"]
+        if not finite(found):
+            self._stop_not_finite(f"the held-out loss is {found} after step {step}")
+        if first is not None and not found < first - 1e-4:
+            self.warn(
                 f"nothing learnt in {step} steps: the held-out loss was {first:.4f} nats and is {found:.4f}; "
                 "raise learning_rate, check the template and the data"
             )
@@ -339,23 +291,27 @@ class Loop:
         steps = max(1, math.ceil(self.config.epochs * self.plan.steps_per_epoch))
         return min(steps, self.config.max_steps or steps)
 
-    def _fix_total(self, step: int) -> None:
-        """After the first steps, how many fit the time box: fixed then, so that the schedule is known and resumes."""
+    def _fix_total(self, step: int) -> bool:
+        """After the first steps, how many fit the time box: fixed then, so that the schedule is known and resumes.
+
+        True where it was fixed now.
+        """
         if self.config.max_minutes is None or step != _WARM + _TIMED or self.state.get("fixed"):
-            return
-        records = [r for r in self._records() if r["kind"] == "step"]
+            return False
+        records = [r for r in self.records if r["kind"] == "step"]
         each = sum(r["seconds"] for r in records[-_TIMED:]) / _TIMED if records else 0.0
         fits = step + int(max(0.0, 60 * self.config.max_minutes - self.state["seconds"]) / max(each, 1e-9))
-        found = self._same({"total": min(self.state["total_steps"], max(step, fits))})
+        found = self._processes.same({"total": min(self.state["total_steps"], max(step, fits))})
         self.state |= {"total_steps": found["total"], "fixed": True}
+        return True
 
     def _over_time(self) -> bool:
         if self.config.max_minutes is None:
             return False
-        return bool(self._same({"over": self.state["seconds"] > 60 * self.config.max_minutes * 1.05})["over"])
+        return bool(self._processes.same({"over": self.state["seconds"] > 60 * self.config.max_minutes * 1.05})["over"])
 
     def _every(self) -> int:
-        return self.config.eval_every or max(1, math.ceil(self.state["total_steps"] / 4))
+        return validation_every(self.config, self.state["total_steps"])
 
     def _rate(self, step: int) -> float:
         """Linear warm-up, then cosine down to a hundredth of the peak."""
@@ -383,50 +339,35 @@ class Loop:
             prune(self._folder, {best, *self.state.get("kept", [])})
         self.accelerator.wait_for_everyone()
 
-    def _stop_not_finite(self, step: int, loss: float, norm: float) -> None:
+    def _stop_not_finite(self, what: str) -> NoReturn:
+        self.state["stopped"] = "non-finite loss"
         last = checkpoints(self._folder)
-        raise ModelError(
-            f"the loss is {loss} and the gradient's norm {norm} in step {step + 1}; it was not taken",
+        raise NotFiniteLossError(
+            what,
             where="training",
-            remedy=f"lower learning_rate or use float32; the last good checkpoint is {last[-1] if last else 'none'}",
+            remedy="lower learning_rate or use float32, in a new folder; "
+            f"the last good checkpoint is {last[-1] if last else 'none'}",
         )
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Say it aloud, and in the outcome."""
         self.state["warnings"].append(text)
         if self.accelerator.is_main_process:
             warnings.warn(text, stacklevel=2)
 
-    def _records(self) -> list[dict[str, Any]]:
-        return self.journal.records if self.accelerator.is_main_process else []
-
     def _record(self, record: dict[str, Any]) -> None:
-        if not self.accelerator.is_main_process:
+        if self._journal is None:
             return
-        self.journal.write(record)
+        self._journal.write(record)
         self._on_record(record)
         if self.config.report_to:
             numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
             self.accelerator.log({f"{record['kind']}/{k}": v for k, v in numbers.items()}, step=record["step"])
 
-    def _sum(self, value: float) -> float:
-        if self.accelerator.num_processes == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
-        return float(self.accelerator.reduce(tensor, "sum"))
 
-    def _gather(self, mine: Any) -> tuple[list[Any], int]:
-        """What each process gives, on all of them."""
-        if self.accelerator.num_processes == 1:
-            return alone(mine)
-        return gather_object([mine]), self.accelerator.process_index
-
-    def _same(self, found: dict[str, Any]) -> dict[str, Any]:
-        """The main process' answer, on all of them."""
-        if self.accelerator.num_processes == 1:
-            return found
-        box: list[Any] = [found]
-        broadcast_object_list(box, from_process=0)
-        return dict(box[0])
+def validation_every(config: TrainConfig, total_steps: int) -> int:
+    """Steps between validations of a run of so many steps."""
+    return config.eval_every or max(1, math.ceil(total_steps / 4))
 
 
 def memory_mib() -> int:
@@ -434,22 +375,3 @@ def memory_mib() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated() / 2**20)
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def _value(found: dict[str, Any]) -> float:
-    """What early stopping compares: the score, or the held-out loss where nothing can be scored; NaN without either."""
-    score = found.get("score")
-    return float(-found["valid_loss"] if score is None or math.isnan(score) else score)
-
-
-def _greedy(rows: Sequence[Row], size: int) -> list[list[Row]]:
-    """Rows in their order, as many to a pack as fit."""
-    packs: list[list[Row]] = []
-    used = size
-    for row in rows:
-        if used + len(row) > size:
-            packs.append([])
-            used = 0
-        packs[-1].append(row)
-        used += len(row)
-    return packs

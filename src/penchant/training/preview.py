@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,8 @@ from penchant.data.dataset import Dataset
 from penchant.tokens import TextCodec
 from penchant.training.batch import collate
 from penchant.training.config import ContrastiveConfig, TrainConfig
-from penchant.training.loop import memory_mib
+from penchant.training.held_out import VALID_PACKS, greedy
+from penchant.training.loop import memory_mib, validation_every
 from penchant.training.objectives import over
 from penchant.training.packing import Plan
 from penchant.training.recipe import Recipe
@@ -19,11 +22,15 @@ from penchant.training.recipes import cut
 from penchant.training.rows import Row
 from penchant.training.store import RowStore
 
+# Validation users whose scoring is timed.
+_TIMED_USERS = 8
+
 
 def preview(name: str, config: TrainConfig, dataset: Dataset | None) -> str:
-    """Examples, targets, tokens an epoch, steps, padding, memory, time (from two measured steps), three examples."""
+    """Examples, targets, tokens an epoch, steps, padding, memory, time (from a measured forward), three examples."""
     recipe = Recipe(name, config, None if dataset is None else cut(dataset, config))
-    rows = recipe.rows()
+    config, rows = recipe.config, recipe.rows()
+    recipe.require_context(rows)
     plan = Plan(rows.lengths, pack_tokens=config.pack_tokens, packs_per_step=config.packs_per_step, seed=config.seed)
     steps = max(1, int(np.ceil(config.epochs * plan.steps_per_epoch)))
     steps = min(steps, config.max_steps or steps)
@@ -31,21 +38,28 @@ def preview(name: str, config: TrainConfig, dataset: Dataset | None) -> str:
     rate = tokens / seconds
     weights = sum(p.numel() * p.element_size() for p in recipe.student.model.parameters())
     trained = sum(p.numel() for p in recipe.student.trainable().values())
-    whole = seconds / max(tokens, 1) * rows.lengths.sum() * steps / plan.steps_per_epoch
+    whole = seconds / max(tokens, 1) * float(rows.lengths.sum()) * steps / plan.steps_per_epoch
+    boxed = whole if config.max_minutes is None else min(whole, 60 * config.max_minutes)
+    validations = 1 + math.ceil(steps / validation_every(config, steps))
+    looked = validations * _validation_seconds(recipe, seconds / max(tokens, 1))
     lines = [
+        *(f"note: {note}" for note in recipe.notes),
         f"{'examples':<28} {len(rows):>14,}",
         f"{'supervised targets':<28} {int(rows.n_targets.sum()):>14,}",
         f"{'tokens an epoch':<28} {int(rows.lengths.sum()):>14,}",
+        f"{'events that fit no prompt':<28} {rows.dropped:>14,}",
         f"{'padding':<28} {plan.padding():>14.1%}",
         f"{'steps an epoch':<28} {plan.steps_per_epoch:>14,}",
         f"{'steps in all':<28} {steps:>14,}",
         f"{'trained weights':<28} {trained:>14,}",
         f"{'memory: weights':<28} {weights / 2**20:>10,.0f} MiB",
         f"{'memory: optimiser':<28} {trained * 12 / 2**20:>10,.0f} MiB",
-        f"{'memory: peak of two steps':<28} {memory_mib():>10,.0f} MiB",
+        f"{'memory: peak of two forwards':<28} {memory_mib():>10,.0f} MiB",
         f"{'speed, measured':<28} {rate:>10,.0f} tokens/s",
-        f"{'time, estimated':<28} {whole / 60:>10,.1f} minutes"
-        + ("" if config.max_minutes is None else f" (time box: {config.max_minutes:g})"),
+        f"{'time of the steps, estimated':<28} {boxed / 60:>10,.1f} minutes"
+        + ("" if boxed == whole else f" (the time box; {whole / 60:,.1f} without it)"),
+        f"{f'time of {validations} validations':<28} {looked / 60:>10,.1f} minutes",
+        f"{'time in all, estimated':<28} {(boxed + looked) / 60:>10,.1f} minutes",
         "",
         "Three examples; what is trained stands between [[ and ]]:",
     ]
@@ -94,12 +108,12 @@ def paired(row: Row, codec: TextCodec) -> str:
 
 
 def _measure(recipe: Recipe, rows: RowStore, plan: Plan) -> tuple[float, int]:
-    """Seconds and tokens of one pack's forward and backward, the second of two."""
+    """Seconds and tokens of one forward, of as many packs as it will have, and its backward: the second of two."""
     loss, weight = recipe.objective()
     student = recipe.student
     student.train()
-    pack = [rows[r] for r in plan.step(0)[0]]
-    batch = collate([pack], student.dtype, student.causal_lm.device)
+    packs = [[rows[r] for r in pack] for pack in plan.step(0)[: recipe.config.packs_per_forward]]
+    batch = collate(packs, student.dtype, student.causal_lm.device)
     seconds = 0.0
     for _ in range(2):
         begun = time.perf_counter()
@@ -108,3 +122,25 @@ def _measure(recipe: Recipe, rows: RowStore, plan: Plan) -> tuple[float, int]:
     for parameter in student.trainable().values():
         parameter.grad = None
     return seconds, batch.n_tokens
+
+
+def _validation_seconds(recipe: Recipe, each_token: float) -> float:
+    """Seconds of one validation: a forward is a third of a step, and the score is timed on a few of its users."""
+    config = recipe.config
+    valid = recipe.valid()
+    packs = greedy(valid, config.pack_tokens)[:VALID_PACKS]
+    seconds = each_token / 3 * sum(len(row) for pack in packs for row in pack)
+    if not config.eval_users:
+        return seconds
+    share = min(1.0, _TIMED_USERS / config.eval_users)
+    few: dict[str, Any] = {"eval_users": max(1, round(share * config.eval_users))}
+    if isinstance(config, ContrastiveConfig):
+        few["catalogue"] = max(10, round(share * config.catalogue))
+    score, _ = recipe.score(valid[: max(1, round(share * len(valid)))], config.model_copy(update=few))
+    if score is not None:
+        recipe.student.eval()
+        begun = time.perf_counter()
+        with torch.no_grad():
+            score(recipe.student)
+        seconds += (time.perf_counter() - begun) / share
+    return seconds

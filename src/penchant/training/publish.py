@@ -13,11 +13,10 @@ from penchant import __version__
 from penchant.adapter_card import CARD
 from penchant.engine.folders import fingerprint_of
 from penchant.environment import versions
-from penchant.errors import ConfigError, ModelError, StorageError
-from penchant.files import read_json, staged_folder, write_json
-from penchant.training.loop import Outcome
+from penchant.errors import ConfigError, ModelError, NotFiniteLossError, StorageError
+from penchant.files import read_json, sha256_file, staged_folder, write_json
 from penchant.training.recipe import Recipe
-from penchant.training.student import load_student
+from penchant.training.task import Outcome
 
 
 def publish(recipe: Recipe, outcome: Outcome, out: Path) -> None:
@@ -29,6 +28,7 @@ def publish(recipe: Recipe, outcome: Outcome, out: Path) -> None:
         **recipe.served_as,
         "outcome": vars(outcome),
         "item_texts_cut": recipe.corpus.truncated if recipe.split is not None else 0,
+        "events_dropped": recipe.rows().dropped,
         "versions": {"python": platform.python_version(), **versions()},
     }
     with staged_folder(out / "new") as stage:
@@ -53,26 +53,38 @@ def publish(recipe: Recipe, outcome: Outcome, out: Path) -> None:
 
 @torch.no_grad()
 def _check_reload(recipe: Recipe, folder: Path) -> None:
-    """The saved adapter, read by stock peft, must say what the trained one says and not what the base says."""
-    if recipe.config.method != "lora":
-        return
+    """What was trained must say numbers, and a saved adapter, read by stock peft, what the trained one says.
+
+    And not what the base says.
+    """
     student = recipe.student
     student.eval()
     size = int(student.causal_lm.get_input_embeddings().weight.shape[0])
     ids = torch.arange(1, 33, device=student.causal_lm.device).remainder(size).unsqueeze(0)
-    trained = student.causal_lm(input_ids=ids, use_cache=False).logits
+
+    def logits() -> torch.Tensor:
+        return student.causal_lm(input_ids=ids, use_cache=False).logits.float()
+
+    trained = logits()
+    if not bool(torch.isfinite(trained).all()):
+        raise NotFiniteLossError(
+            "the trained model's logits are not finite",
+            where=str(folder),
+            remedy="lower learning_rate or use float32, in a new folder; the checkpoints are kept",
+        )
+    if recipe.config.method != "lora":
+        return
     with student.adapter_off():
-        plain = student.causal_lm(input_ids=ids, use_cache=False).logits
+        plain = logits()
     if torch.equal(trained, plain):
         raise ModelError(
             "the trained adapter changes no logit: nothing was learnt",
             where=str(folder),
             remedy="train longer or raise learning_rate; the checkpoints are kept",
         )
-    fresh = load_student(recipe.config.model_copy(update={"start_from": str(folder)}))
-    fresh.eval()
-    moved = float((fresh.causal_lm(input_ids=ids, use_cache=False).logits - trained).abs().max())
-    if moved > 1e-2 * float(trained.abs().max()):
+    with student.as_saved(folder):
+        moved = float((logits() - trained).abs().max())
+    if not moved <= 1e-2 * float(trained.abs().max()):
         raise ModelError(
             f"the saved adapter does not reload to the trained one (logits differ by {moved:.3g})",
             where=str(folder),
@@ -117,6 +129,7 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
         "config": recipe.config.model_dump(mode="json"),
         "base": fingerprint_of(recipe.base),
         "data": None if split is None else split.dataset.content_hash,
+        "examples": {name: sha256_file(path) for name, path in recipe.example_files.items()},
         "split": None if split is None else split.spec,
         "template_texts": recipe.templates.hash(),
         "seed": recipe.config.seed,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from penchant.adapter_card import check_templates
 from penchant.data.provenance import Own, check_rows
 from penchant.data.split import Split
 from penchant.engine.folders import fingerprint_of, resolve_model
@@ -24,6 +25,7 @@ from penchant.training import choose, contrastive, next_item, preference, yes_no
 from penchant.training.batch import Batch
 from penchant.training.candidates import Retriever
 from penchant.training.config import (
+    CONFIGS,
     ChooseConfig,
     ContrastiveConfig,
     NextItemConfig,
@@ -32,11 +34,12 @@ from penchant.training.config import (
     YesNoConfig,
 )
 from penchant.training.corpus import Corpus
-from penchant.training.loop import Task
 from penchant.training.objectives import Loss, StepLoss, task_loss
 from penchant.training.rows import Row
+from penchant.training.start import started
 from penchant.training.store import RowStore, stored_rows
 from penchant.training.student import Student, load_student
+from penchant.training.task import Task
 from penchant.training.validation import AnswerScore, LetterScore, LikelihoodScore, NearestScore, engine_of
 
 # Held-out rows of every run: enough that the loss is steady, few enough to be cheap.
@@ -62,10 +65,21 @@ class Recipe:
     split: Split | None
 
     def __post_init__(self) -> None:
+        kind = CONFIGS.get(self.name)
+        if kind is None:
+            raise ConfigError(
+                f"no recipe is called {self.name!r}", where="training", remedy=f"use one of: {', '.join(CONFIGS)}"
+            )
+        if not isinstance(self.config, kind):
+            raise ConfigError(
+                f"wants settings of type {kind.__name__}, and got {type(self.config).__name__}", where=self.name
+            )
+        self.config = started(self.config)
         self.templates = Templates(self.config.prompts)
         self.base = resolve_model(self.config.model)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base, local_files_only=True)
         self.codec = TextCodec(self.tokenizer)
+        check_templates(self.config.start_from, self.templates)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -114,17 +128,21 @@ class Recipe:
 
         DataError where one of them, cached or new, holds an event that is held out or not before its target.
         """
-        found = stored_rows(self._key(), lambda: self._sampled(self._make()))
-        if self.split is not None and not self._from_examples:
+        dropped = (lambda: self.corpus.dropped) if self.split is not None else (lambda: 0)
+        found = stored_rows(self._key(), lambda: self._sampled(self._make()), dropped)
+        if self.split is not None and "examples" not in self.example_files:
             own = Own.of(self.split)
             for start in range(0, len(found), _CHECKED):
                 check_rows(self.split, found.provenance(slice(start, start + _CHECKED)), "train", own=own)
         return found
 
     @property
-    def _from_examples(self) -> bool:
-        """Whether rows are examples of a file: these do not say which events they were made of."""
-        return isinstance(self.config, YesNoConfig) and self.config.examples is not None
+    def example_files(self) -> dict[str, Path]:
+        """The files of examples that stand in for a dataset, by their settings: these do not say which events they
+        were made of.
+        """
+        named = ((name, getattr(self.config, name, None)) for name in ("examples", "valid_examples"))
+        return {name: Path(path) for name, path in named if path is not None and Path(path).is_file()}
 
     def _make(self) -> Iterator[Row]:
         config = self.config
@@ -175,7 +193,7 @@ class Recipe:
             rows = yes_no.valid_rows(self.corpus, config, hard, _VALID_ROWS)
         elif isinstance(config, YesNoConfig) and config.valid_examples is not None:
             rows = list(self._example_rows(config.valid_examples))[: max(_VALID_ROWS, config.eval_users)]
-        if self.split is not None and not self._from_examples:
+        if self.split is not None and not "examples" in self.example_files:
             check_rows(self.split, rows, "valid")
         return rows
 
@@ -183,9 +201,7 @@ class Recipe:
         """All that decides the rows."""
         config, split = self.config, self.split
         data = ("none",) if split is None else (split.dataset.content_hash, repr(sorted(split.spec.items())))
-        files = tuple(
-            sha256_file(Path(p)) for p in (getattr(config, "examples", None),) if p is not None and Path(p).is_file()
-        )
+        files = tuple(sha256_file(path) for name, path in self.example_files.items() if name == "examples")
         tokenizer = sha256_text(*(f"{t} {i}" for t, i in sorted(self.tokenizer.get_vocab().items())))
         return (
             self.name,
@@ -203,10 +219,16 @@ class Recipe:
         """Rows, loss and validation for the loop."""
         valid = self.valid()
         loss, weight = self.objective()
-        score, name = self._score(valid)
+        score, name = self.score(valid, self.config)
         rows = self.rows()
-        self._require_context(int(rows.lengths.max()))
-        return Task(self.name, rows, valid, loss, weight, score, name)
+        self.require_context(rows)
+        return Task(self.name, rows, valid, loss, weight, score, name, self.notes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the data before anything is trained on it."""
+        cut = self.corpus.truncated if self.split is not None else 0
+        return [f"{cut} item texts were cut to their first 200 characters, as targets too"] if cut else []
 
     def objective(self) -> tuple[Loss | StepLoss, Callable[[Batch], float]]:
         """The summed loss of a batch or of a step, and what it is divided by."""
@@ -226,8 +248,9 @@ class Recipe:
             return {}
         return {"vectors": {"layer": self.student.layer, "pooling": self.config.pooling}}
 
-    def _require_context(self, longest: int) -> None:
+    def require_context(self, rows: RowStore) -> None:
         """Guard: positions past a model's context are trained to no purpose, and without a word from the model."""
+        longest = int(rows.lengths.max())
         context = getattr(self.student.causal_lm.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and longest > context:
             raise ConfigError(
@@ -236,8 +259,10 @@ class Recipe:
                 remedy="lower pack_tokens, prompt_tokens, max_history or window",
             )
 
-    def _score(self, valid: Sequence[Row]) -> tuple[Callable[[Student], dict[str, float]] | None, str]:
-        config = self.config
+    def score(
+        self, valid: Sequence[Row], config: TrainConfig
+    ) -> tuple[Callable[[Student], dict[str, float]] | None, str]:
+        """What measures a student on validation users, and the name of its figure that decides; None without any."""
         if config.eval_users == 0:
             return None, ""
         if isinstance(config, YesNoConfig):

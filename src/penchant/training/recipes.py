@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,29 +12,16 @@ from accelerate import Accelerator
 
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, global_time, leave_last_out
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, NotFiniteLossError, StorageError
 from penchant.files import write_json
 from penchant.training.checkpoints import load_checkpoint
-from penchant.training.config import (
-    ChooseConfig,
-    ContrastiveConfig,
-    NextItemConfig,
-    PreferenceConfig,
-    TrainConfig,
-    YesNoConfig,
-)
+from penchant.training.config import TrainConfig
 from penchant.training.journal import plot
-from penchant.training.loop import Loop, Outcome, make_accelerator
+from penchant.training.loop import Loop
+from penchant.training.processes import make_accelerator
 from penchant.training.publish import check_out, identity_of, publish
 from penchant.training.recipe import Recipe
-
-CONFIGS: dict[str, type[TrainConfig]] = {
-    "next_item": NextItemConfig,
-    "yes_no": YesNoConfig,
-    "choose": ChooseConfig,
-    "preference": PreferenceConfig,
-    "contrastive": ContrastiveConfig,
-}
+from penchant.training.task import Outcome
 
 
 def cut(dataset: Dataset, config: TrainConfig) -> Split:
@@ -58,13 +46,15 @@ def finetune(
     """Train and leave in ``out``: the adapter (plain peft), its card, settings, templates, log and curves.
 
     ``resume`` goes on from the newest checkpoint of a run that stopped. ConfigError where the settings,
-    data or templates differ from that run's; StorageError where ``out`` holds something else. An
-    ``accelerator`` that is given is the caller's to end.
+    data or templates differ from that run's; StorageError where ``out`` holds something else.
+    NotFiniteLossError where a loss is no number: where an earlier validation was one, its adapter is left all the same.
+    An ``accelerator`` that is given is the caller's to end.
     """
     own = accelerator is None
     accelerator = accelerator or make_accelerator(config, out)
     split = cut(data, config) if isinstance(data, Dataset) else data
     recipe = Recipe(name, config, split)
+    config = recipe.config
     identity = identity_of(recipe)
     if accelerator.is_main_process:
         check_out(out, identity, resume)
@@ -79,16 +69,41 @@ def finetune(
         (out / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "utf-8")
     if config.report_to:
         accelerator.init_trackers("penchant", config={"recipe": name, **_flat(config.model_dump(mode="json"))})
-    outcome = loop.run(resume=resume)
-    if accelerator.is_main_process:
-        load_checkpoint(loop.best_checkpoint(), recipe.student, None)
-        publish(recipe, outcome, out)
-        plot(loop.journal.records, out / "loss.png", f"{name}: {outcome.steps} steps, {outcome.targets:,} targets")
+    try:
+        outcome = loop.run(resume=resume)
+        if accelerator.is_main_process:
+            _publish_best(recipe, loop, out)
+    except NotFiniteLossError as error:
+        if loop.state["best"] is None:
+            raise
+        if accelerator.is_main_process:
+            _publish_best(recipe, loop, out)
+        accelerator.wait_for_everyone()  # a launcher ends the main process with the first that fails
+        kept = f"{out} holds the best validation's (step {loop.state['best_step']})"
+        raise NotFiniteLossError(error.what, where=error.where, remedy=f"{error.remedy}; {kept}") from error
+    finally:
+        if accelerator.is_main_process:
+            _draw(loop, out, name)
     accelerator.wait_for_everyone()
     loop.close()
     if own:  # it finishes the trackers, and the processes' group with them: nothing can wait after that
         accelerator.end_training()
     return outcome
+
+
+def _publish_best(recipe: Recipe, loop: Loop, out: Path) -> None:
+    load_checkpoint(loop.best_checkpoint(), recipe.student, None)
+    publish(recipe, loop.outcome(), out)
+
+
+def _draw(loop: Loop, out: Path, name: str) -> None:
+    """The curves, also of a run that ended in an error: there one wants them most."""
+    ended, done = sys.exception() is not None, loop.outcome()
+    try:
+        plot(loop.records, out / "loss.png", f"{name}: {done.steps} steps, {done.targets:,} targets")
+    except StorageError:
+        if not ended:  # a full disk has been said already, with what to do
+            raise
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

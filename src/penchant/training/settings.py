@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,10 +81,13 @@ def _pairs(options: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _value(text: str) -> Any:
+    if "e" in text.lower():
+        with suppress(ValueError):
+            return float(text)  # YAML 1.1 reads 1e-3 as text
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)  # YAML 1.1 reads 1e-3 as text
-    except ValueError:
         return yaml.safe_load(text)
+    except ValueError:
+        return text  # 2020-99-99 looks like a date and is none: whoever wants a date will say so
 
 
 def _set(values: dict[str, Any], kind: type[TrainConfig], name: str, value: Any) -> None:

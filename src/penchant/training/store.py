@@ -13,16 +13,20 @@ from numpy.typing import NDArray
 from penchant.data.provenance import NONE, Rows
 from penchant.errors import DataError, StorageError
 from penchant.fetch import cache_folder
-from penchant.files import sha256_file, sha256_text, staged_folder
+from penchant.files import read_json, sha256_file, sha256_text, staged_folder, write_json
 from penchant.training.rows import ARRAYS, Row
 
 _PROVENANCE = ("inputs", "targets")
 
 
 class RowStore:
-    """Rows as an Arrow file; ``lengths`` (n,) tokens and ``n_targets`` (n,) are in memory, the rest is mapped."""
+    """Rows as an Arrow file; ``lengths`` (n,) tokens and ``n_targets`` (n,) are in memory, the rest is mapped.
 
-    def __init__(self, table: Any) -> None:
+    ``dropped`` counts the oldest events that fitted into no prompt.
+    """
+
+    def __init__(self, table: Any, dropped: int = 0) -> None:
+        self.dropped = dropped
         self._table = table.with_format("numpy")
         whole = table.with_format("arrow")[:] if len(table) else None
         self.lengths: NDArray[np.int64] = np.asarray(whole["length"] if whole else [], dtype=np.int64)
@@ -57,23 +61,31 @@ class RowStore:
         return (self[i] for i in range(len(self)))
 
 
-def stored_rows(key: tuple[str, ...], make: Callable[[], Iterator[Row]], folder: Path | None = None) -> RowStore:
+def stored_rows(
+    key: tuple[str, ...],
+    make: Callable[[], Iterator[Row]],
+    dropped: Callable[[], int] = lambda: 0,
+    folder: Path | None = None,
+) -> RowStore:
     """The rows of that key: from the cache, or made and kept there. A torn store is found by its hash: StorageError.
 
+    ``dropped`` counts, while rows are made, the events that fitted into no prompt.
     datasets' own caching is not used: its fingerprints hash code by pickling it.
     """
     name = sha256_text("training rows 2", *key)[:32]
     at = (cache_folder() if folder is None else folder) / "rows" / name
     if not at.is_dir():
         with staged_folder(at) as stage:
+            before = dropped()
             _write(make, stage)
+            write_json(stage / "dropped.json", dropped() - before)
     arrow = at / "rows.arrow"
     try:
         if (at / "sha256").read_text(encoding="utf-8") != sha256_file(arrow):
             raise StorageError("is corrupt: its content is not what was written", where=str(at), remedy="delete it")
     except OSError as error:
         raise StorageError(f"cannot be read ({error})", where=str(at), remedy="delete it") from error
-    store = RowStore(datasets.Dataset.from_file(str(arrow)))
+    store = RowStore(datasets.Dataset.from_file(str(arrow)), int(read_json(at / "dropped.json")))
     if not len(store):
         raise DataError(
             "not one training row: nothing could be learnt",

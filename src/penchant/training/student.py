@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from penchant.engine.folders import resolve_model
+from penchant.engine.adapters import require_own_base, with_adapter
+from penchant.engine.folders import resolve_adapter, resolve_model
 from penchant.engine.loading import resolve_device
 from penchant.errors import ConfigError, ModelError
 from penchant.interest.vectors import default_layer
@@ -80,6 +81,23 @@ class Student(nn.Module):
         with self.model.disable_adapter():
             yield
 
+    @contextmanager
+    def as_saved(self, folder: Path) -> Iterator[None]:
+        """The same base with the adapter that was saved in ``folder``, read back by stock peft as a second one."""
+        model: Any = self.model
+        learns = {name: p.requires_grad for name, p in model.named_parameters()}
+        with warnings.catch_warnings():  # peft only warns of keys that are missing
+            warnings.simplefilter("error", UserWarning)
+            model.load_adapter(str(folder), adapter_name="saved")
+        model.set_adapter("saved")
+        try:
+            yield
+        finally:
+            model.set_adapter("default")
+            model.delete_adapter("saved")
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(learns[name])
+
     def save(self, folder: Path) -> None:
         """Plain peft (or, method full, a plain model) as safetensors."""
         model: Any = self.model
@@ -119,7 +137,12 @@ def load_student(config: TrainConfig) -> Student:
             f"cannot be loaded for training: {error}", where=str(folder), remedy="give a causal language model's folder"
         ) from error
     if config.quantization == "none":
-        model = model.to(device)
+        try:
+            model = model.to(device)
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            raise ConfigError(
+                f"cannot move the model to device {config.device!r}: {error}", remedy="use auto, cpu or cuda"
+            ) from error
     else:
         # Not peft's prepare_model_for_kbit_training: its float32 norms would meet a head in bfloat16.
         model.requires_grad_(False)
@@ -132,7 +155,15 @@ def load_student(config: TrainConfig) -> Student:
     if config.method == "lora":
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name on its way out
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            model = _adapted(model, config, layer or n_blocks)
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)  # refused below
+            head = model.get_output_embeddings()
+            model = _adapted(model, config, layer or n_blocks, folder)
+            if model.get_base_model().get_output_embeddings() is not head:
+                raise ConfigError(
+                    "the adapter changes the head, which the losses take as one plain matrix",
+                    where="lora",
+                    remedy="leave the head out of lora.targets, or start from another adapter",
+                )
     student = Student(model, layer)
     if layer is not None:
         _freeze_above(student.causal_lm, layer, n_blocks)
@@ -170,17 +201,12 @@ def _freeze_above(model: Any, layer: int, n_blocks: int) -> None:
             parameter.requires_grad_(False)
 
 
-def _adapted(model: Any, config: TrainConfig, top: int) -> PeftModel:
+def _adapted(model: Any, config: TrainConfig, top: int, base: Path) -> PeftModel:
     """A new adapter, or ``start_from``'s, on the blocks below ``top``: those above have no part in what is trained."""
     if config.start_from is not None:
-        try:
-            return PeftModel.from_pretrained(model, config.start_from, is_trainable=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(
-                f"cannot be gone on from: {error}",
-                where=str(config.start_from),
-                remedy="give the folder of an adapter of the same base model",
-            ) from error
+        adapter = resolve_adapter(config.start_from)
+        require_own_base(adapter, base)
+        return with_adapter(model, adapter, trainable=True)
     settings = config.lora
     targets: Any = settings.targets
     layers = None

@@ -57,6 +57,8 @@ class LikelihoodScore:
         self._interest = [candidates.scores[i][candidates.items[i] >= 0] for i in keep]
 
     def __call__(self, student: Student) -> dict[str, float]:
+        if not self._items:
+            return {"NDCG@10": float("nan")}
         likelihood, prior = self.likelihoods(student)
         return summary(self._interest, likelihood, prior, self.places)
 
@@ -141,6 +143,8 @@ class LetterScore:
         self._places = [_place(row, targets.item[i]) for i, row in zip(keep, items, strict=True)]
 
     def __call__(self, student: Student) -> dict[str, float]:
+        if not self._rows:
+            return {"NDCG@10": float("nan")}
         logp = label_scores(student, self._rows, self._config.pack_tokens)
         likelihood = []
         for row, order in zip(logp, self._order, strict=True):

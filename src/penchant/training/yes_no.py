@@ -57,7 +57,10 @@ def _rows(
     *,
     held_out: bool,
 ) -> Iterator[Row]:
-    log = corpus.split.log
+    log, visible = corpus.split.log, corpus.split.train
+    if held_out:
+        visible = visible.copy()
+        visible[corpus.split.valid.position] = True
     turn = 0
     for i, p in enumerate(targets.tolist()):
         user = int(log.user[p])
@@ -69,8 +72,9 @@ def _rows(
                 yield _row(corpus, config, history, p, int(log.item[p]), False, held_out)
             continue
         yield _row(corpus, config, history, p, int(log.item[p]), True, held_out)
-        # All that the user ever took: none of it is a negative, whenever it was taken.
-        known = log.item[log.all_of(user)]
+        # What the user took, also later, is no negative; but what is held out must not be spared in training rows.
+        mine = log.all_of(user)
+        known = log.item[mine][visible[mine]]
         for _ in range(config.negatives_per_positive):
             kind = config.negatives[turn % len(config.negatives)]
             turn += 1

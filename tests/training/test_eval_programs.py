@@ -1,0 +1,149 @@
+"""The programs of eval/ that fine-tune: each from a tiny model to its JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+import yaml
+from tests.conftest import toy_frames
+from tests.training.helpers import QUICK, patched_clock
+from tests.training.test_yes_no import entry, written
+
+from penchant.data.dataset import Dataset
+
+# A few steps on a random model need not help.
+pytestmark = pytest.mark.filterwarnings("ignore:no validation", "ignore:nothing learnt")
+EVAL = Path(__file__).resolve().parents[2] / "eval"
+
+
+def program(name: str) -> Any:
+    """A program of eval/ as a module: the folder is no package."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem + "_program", EVAL / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump({**QUICK, **changes}))
+    return path
+
+
+def test_finetuning_measures_before_during_and_after(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    toy.save(tmp_path / "data")
+    patched_clock(monkeypatch, "penchant.training.loop", 10)
+    config = config_file(tmp_path, model=str(byte_folder), epochs=100, eval_every=None)
+    out = tmp_path / "out.json"
+    program("finetuning.py").main(
+        SimpleNamespace(args=[]),
+        "next_item",
+        tmp_path / "data",
+        tmp_path / "work",
+        out,
+        [0.5, 2.0],
+        config=config,
+        candidates=5,
+        test_users=6,
+        validation_users=6,
+    )
+    found = json.loads(out.read_text())
+    assert [(p["minutes"], p["minutes_trained"]) for p in found["points"]] == [(0, 0), (0.5, 0.5), (2, 2)]
+    assert found["points"][0]["fused minus untuned fused, NDCG@10"]["mean"] == 0
+    assert found["points"][2]["held_out_loss"] < found["points"][0]["held_out_loss"]
+    for point in found["points"]:
+        assert set(point["systems"]) >= {"encoder", "llm", "llm calibrated", "fused"}
+        assert all(0 <= s["NDCG@10"]["mean"] <= 1 and s["NDCG@10"]["n"] == 6 for s in point["systems"].values())
+
+
+def test_a_recipe_without_an_order_is_refused_before_it_trains(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="contrastive has no order"):
+        program("finetuning.py").main(
+            SimpleNamespace(args=[]), "contrastive", tmp_path, tmp_path / "work", tmp_path / "out", [1.0]
+        )
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_last_minutes_take_the_newest_checkpoint_however_fast_it_went(tmp_path: Path) -> None:
+    """The steps were fixed for 30 minutes and took 25: no point of the curve may be missing."""
+    log = [{"kind": "validation", "step": s, "minutes": m} for s, m in ((0, 0.0), (40, 10.2), (100, 25.0))]
+    for record in log:
+        at = tmp_path / "checkpoints" / f"step-{record['step']:07d}"
+        at.mkdir(parents=True)
+        for name in ("trainable.safetensors", "optimiser.safetensors", "state.json"):
+            (at / name).touch()
+    stops = program("finetuning.py")._stops(tmp_path, log, [10.0, 30.0])
+    assert [(wanted, trained, path.name) for wanted, trained, path in stops] == [
+        (0.0, 0.0, "step-0000000"),
+        (10.0, 10.2, "step-0000040"),
+        (30.0, 25.0, "step-0000100"),
+    ]
+
+
+def test_tallrec_scores_its_test_examples(byte_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    titles = ["Heat (1995)", "Alien (1979)", "Up (2009)", "M (1931)", "Aliens (1986)"]
+    rows = [entry(f'"{a}"', "", b, ("No.", "Yes.")[i % 2]) for i, (a, b) in enumerate(permutations(titles, 2))]
+    (tmp_path / "data").mkdir()
+    for name in ("train", "valid", "test"):
+        written(tmp_path / "data" / f"{name}.json.gz", rows)
+    more = {
+        "model": str(byte_folder),
+        "prompts": str(prompts),
+        "pack_tokens": 512,
+        "max_steps": 3,
+        "epochs": 3,
+        "eval_users": 20,
+    }
+    config = config_file(tmp_path, **more)
+    out = tmp_path / "out.json"
+    main = program("tallrec.py").main
+    for _ in range(2):  # the second time from what was kept
+        main(SimpleNamespace(args=[]), tmp_path / "data", tmp_path / "work", out, [8, 0], 1, config)
+        found = json.loads(out.read_text())
+        assert set(found["auc"]) == {"untuned", "8", "all"}
+        for run in found["runs"]:
+            assert 0 <= run["low"] <= run["auc"] <= run["high"] <= 1
+            assert run["n_test"] == 20
+    assert [run.get("steps") for run in found["runs"]] == [None, 3, 3]
+
+
+def test_speed_compares_dense_with_single_and_packed_with_full(byte_folder: Path, tmp_path: Path) -> None:
+    Dataset.read(*toy_frames(n_users=6, n_events=24)).save(tmp_path / "data")
+    speed = program("speed/training.py")
+    out = tmp_path / "out.json"
+    speed.main(tmp_path / "data", out, str(byte_folder), 1, False)
+    found = json.loads(out.read_text())
+    assert found["dense"]["dense_targets"] == 6 * 20
+    assert found["dense"]["single_targets"] == 3 * 20
+    assert found["dense"]["targets_a_second_ratio"] > 0
+    assert 0 <= found["packed"]["padding_share"] < 1
+    assert found["packed"]["tokens_a_second_ratio"] > 0
+
+
+def test_the_full_batch_has_no_mask_and_says_what_a_plain_forward_says(byte_folder: Path) -> None:
+    import torch
+
+    from penchant.training.config import NextItemConfig
+    from penchant.training.student import load_student
+
+    speed = program("speed/training.py")
+    student = load_student(NextItemConfig(**{**QUICK, "model": str(byte_folder)}))
+    full = speed._full(student, 40)
+    assert full.mask is None
+    assert (full.n_targets, full.n_tokens) == (1, 40)
+    with torch.no_grad():
+        logits = student.eval().causal_lm(input_ids=full.tokens).logits[0].log_softmax(-1)
+        said = student(full)
+    assert said.numpy() == pytest.approx(logits[np.arange(39), full.tokens[0, 1:]].numpy(), abs=1e-4)
