@@ -193,7 +193,7 @@ class Recipe:
             rows = yes_no.valid_rows(self.corpus, config, hard, _VALID_ROWS)
         elif isinstance(config, YesNoConfig) and config.valid_examples is not None:
             rows = list(self._example_rows(config.valid_examples))[: max(_VALID_ROWS, config.eval_users)]
-        if self.split is not None and not "examples" in self.example_files:
+        if self.split is not None and "examples" not in self.example_files:
             check_rows(self.split, rows, "valid")
         return rows
 
