@@ -84,11 +84,11 @@ def run(
         with folder.locked(own):
             with folder.setting_up():
                 identity = with_input(identity_of(job.model, job.options), job.source)
-                found = folder.find(identity) or _make(folder, job, identity, runner, stopping.is_set, tell)
-                if found is None:
+                place = folder.find(identity) or _make(folder, job, identity, runner, stopping.is_set, tell)
+                if place is None:
                     return _not_begun(folder, job)
                 shutil.rmtree(folder.path / SETUP, ignore_errors=True)
-            path, manifest = found
+            path, manifest = place
             shards = Shards(path, job.source.rows, job.options.rows)
             shards.make()
             mine = shards.of_part(*own)
