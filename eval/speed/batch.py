@@ -1,6 +1,6 @@
 """Offline scoring against the bare model calls: memory, overhead, the LLM's rate, and two Ray workers against one.
 
-    OMP_NUM_THREADS=1 python eval/speed/batch.py --out eval/results/speed-batch.json
+    python eval/speed/batch.py --out eval/results/speed-batch.json
     python eval/speed/batch.py --only retrieve --users 20000 --small-users 5000 --items 2000 --out /tmp/quick.json
 
 Rows:
@@ -10,16 +10,18 @@ Rows:
   llm       MovieLens-100K's users with 20 candidates, SmolLM2-135M: the job's seconds, opening and checking included,
             against a loop of ``engine.score`` over prompts and candidates made before; the items' likelihood without
             history, which a job scores once for the whole catalogue, is a number of its own
-  ray       the same LLM by Ray with one worker and with two, each with one thread: users a second from the time when a
-            quarter of the shards was done to the end, so that loading the model isn't in it
-Each side has a process of its own; retrieve takes its sides in turn, --rounds times, and the smallest time counts.
+  ray       the same LLM by Ray with one worker and with two: users a second from the time when a quarter of the shards
+            was done to the end, so that loading the model isn't in it; one run each
+Each side has a process and one thread (by Ray, each worker) of its own, and the loops are given the batches of the job.
+retrieve and llm take their sides in turn, --rounds times: of retrieve the smallest times and the largest peaks count,
+of llm the median of the rounds' ratios.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,9 @@ import pyarrow.parquet as pq
 import torch
 import typer
 
+from penchant.batch import BatchOptions
 from penchant.batch import run as batch
+from penchant.batch.rows import Preparer, batches
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
@@ -43,6 +47,7 @@ from penchant.environment import environment
 from penchant.errors import ConfigError
 from penchant.fetch import fetch
 from penchant.files import write_json
+from penchant.interest.behaviour import Behaviour
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
 from penchant.prompt import Templates
@@ -53,7 +58,6 @@ from penchant.run_folder import FitConfig
 app = typer.Typer(add_completion=False)
 ROWS = ("retrieve", "llm", "ray")
 _WRITTEN = 50_000  # users made at a time
-_BATCH = 256
 
 
 # -- what is measured on ---------------------------------------------------------------------------
@@ -119,37 +123,49 @@ def job(run: Path, users: str, out: Path, method: str, shard_rows: int) -> None:
     tell(seconds=time.perf_counter() - begun, **summary)
 
 
+def as_asked(model: Recommender, rows: pl.DataFrame, method: str) -> list[list[Behaviour]]:
+    """The histories of a job's batches, composed and in the order as the job asks for them."""
+    options = BatchOptions.of(None, method=method)
+    prepare = Preparer(model, options, np.zeros(0, dtype=np.int64))
+    found = []
+    for shard, start in enumerate(range(0, len(rows), options.rows)):
+        prepared = prepare(shard, start, rows.slice(start, options.rows))
+        found += [[prepared.histories[at] for at in places] for places in batches(prepared, options.batch)]
+    return found
+
+
 @app.command(hidden=True)
 def bare(run: Path, users: Path, k: int) -> None:
-    """The model's own retrieval over histories in memory, in the order of the input."""
+    """The model's own retrieval over histories in memory, in the job's batches."""
     model = Recommender.load(run)
-    histories = [
-        np.array([model.item_index[item] for item in row], dtype=np.int32)
-        for row in pl.read_parquet(users)["history"].to_list()
-    ]
-    model.retrieve(histories[:_BATCH], k)
+    histories = as_asked(model, pl.read_parquet(users), "retrieve")
+    model.retrieve(histories[0], k)
     begun = time.perf_counter()
-    for start in range(0, len(histories), _BATCH):
-        model.retrieve(histories[start : start + _BATCH], k)
-    tell(seconds=time.perf_counter() - begun, users=len(histories))
+    for part in histories:
+        model.retrieve(part, k)
+    tell(seconds=time.perf_counter() - begun, users=sum(map(len, histories)))
 
 
 @app.command(hidden=True)
-def loop(run: Path, users: int) -> None:
-    """The engine's own scoring of prompts and candidates made before; and the likelihood without history."""
+def loop(run: Path, users: Path) -> None:
+    """The engine's own scoring of prompts and candidates made before, in the job's batches; and the likelihood without
+    history.
+    """
     model = Recommender.load(run)
-    histories = [model.behaviour(name) for name in model.log.user_ids[:users]]
-    items, _ = model.retrieve(histories, model.config.candidates)
-    prompts = [model.ranker.prompt(history.item).prompt for history in histories]
-    tokens = [model.ranker.tokens(row) for row in items]
-    model.engine.score(prompts[:4], tokens[:4])
+    made = []
+    for part in as_asked(model, pl.read_parquet(users), "rank"):
+        items, _ = model.retrieve(part, model.config.candidates)
+        prompts = [model.ranker.prompt(history.item).prompt for history in part]
+        made.append((prompts, [model.ranker.tokens(row) for row in items]))
+    model.engine.score(["warm"], [["up"]])
     begun = time.perf_counter()
-    for start in range(0, len(prompts), _BATCH):
-        model.engine.score(prompts[start : start + _BATCH], tokens[start : start + _BATCH])
+    for prompts, tokens in made:
+        model.engine.score(prompts, tokens)
     seconds = time.perf_counter() - begun
     begun = time.perf_counter()
     model.ranker.priors(np.arange(len(model.texts)))
-    tell(seconds=seconds, users=len(prompts), prior_seconds=time.perf_counter() - begun)
+    prior = time.perf_counter() - begun
+    tell(seconds=seconds, users=sum(len(prompts) for prompts, _ in made), prior_seconds=prior)
 
 
 @app.command(hidden=True)
@@ -166,14 +182,18 @@ def ray(run: Path, users: Path, out: Path, workers: int, shard_rows: int) -> Non
 
 def tell(**numbers: Any) -> None:
     """One line for the process that asked, with this one's peak memory."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({**numbers, "peak_mib": round(peak, 1)}))
+    # ru_maxrss would begin at what the process that forked this one held.
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))  # KiB
+    print(json.dumps({**numbers, "peak_mib": round(peak / 1024, 1)}))
 
 
 def side(*arguments: object) -> dict[str, Any]:
     """Run one of the above and hear what it tells."""
     command = [sys.executable, __file__, *map(str, arguments)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ)
+    ended = subprocess.run(
+        command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     return json.loads(ended.stdout.splitlines()[-1])
 
 
@@ -184,46 +204,54 @@ def retrieve_row(work: Path, users: int, small: int, items: int, rounds: int) ->
     synthetic_run(work / "run", items)
     for name, n in (("large", users), ("small", small)):
         synthetic_users(work / f"{name}.parquet", n, items)
-    least: dict[str, dict[str, Any]] = {}
+    told: dict[str, list[dict[str, Any]]] = {"small": [], "large": [], "bare": []}
     for round_ in range(rounds):
         for name in ("small", "large"):
             out = work / f"{name}-{round_}"
-            found = side("job", work / "run", work / f"{name}.parquet", out, "retrieve", 0)
-            least[name] = min(least.get(name, found), found, key=lambda one: one["seconds"])
-        found = side("bare", work / "run", work / "small.parquet", 10)
-        least["bare"] = min(least.get("bare", found), found, key=lambda one: one["seconds"])
-    each = least["bare"]["seconds"] / small
+            told[name].append(side("job", work / "run", work / f"{name}.parquet", out, "retrieve", 0))
+        told["bare"].append(side("bare", work / "run", work / "small.parquet", 10))
+    least = {name: min(one["seconds"] for one in found) for name, found in told.items()}
+    peak = {name: max(one["peak_mib"] for one in found) for name, found in told.items()}
+    each = least["bare"] / small
     return {
         "users": users,
         "small_users": small,
         "items": items,
-        "job_seconds": round(least["large"]["seconds"], 2),
-        "small_job_seconds": round(least["small"]["seconds"], 2),
-        "bare_seconds_small": round(least["bare"]["seconds"], 2),
-        "users_per_s": round(users / least["large"]["seconds"], 1),
-        "overhead": round(least["large"]["seconds"] / (each * users) - 1, 4),
-        "small_overhead": round(least["small"]["seconds"] / least["bare"]["seconds"] - 1, 4),
-        "peak_mib": least["large"]["peak_mib"],
-        "small_peak_mib": least["small"]["peak_mib"],
-        "memory_ratio": round(least["large"]["peak_mib"] / least["small"]["peak_mib"], 4),
+        "rounds": rounds,
+        "job_seconds": round(least["large"], 2),
+        "small_job_seconds": round(least["small"], 2),
+        "bare_seconds_small": round(least["bare"], 2),
+        "users_per_s": round(users / least["large"], 1),
+        "overhead": round(least["large"] / (each * users) - 1, 4),
+        "small_overhead": round(least["small"] / least["bare"] - 1, 4),
+        "peak_mib": peak["large"],
+        "small_peak_mib": peak["small"],
+        "memory_ratio": round(peak["large"] / peak["small"], 4),
     }
 
 
-def llm_row(work: Path, run: Path, users: int) -> dict[str, Any]:
-    names = pl.DataFrame({"user_id": Recommender.load(run).log.user_ids[:users]})
-    names.write_parquet(work / "films.parquet")
-    own = side("loop", run, users)
-    made = side("job", run, work / "films.parquet", work / "llm", "rank", 0)
+def llm_row(work: Path, run: Path, users: int, rounds: int) -> dict[str, Any]:
+    model = Recommender.load(run)
+    films = work / "films.parquet"
+    pl.DataFrame({"user_id": model.log.user_ids[:users]}).write_parquet(films)
+    own, made = [], []
+    for round_ in range(rounds):
+        own.append(side("loop", run, films))
+        made.append(side("job", run, films, work / f"llm-{round_}", "rank", 0))
+    both = list(zip(own, made, strict=True))
+    shares = [o["seconds"] / m["seconds"] for o, m in both]
+    without = [o["seconds"] / (m["seconds"] - o["prior_seconds"]) for o, m in both]
     return {
-        "users": own["users"],
-        "candidates": Recommender.load(run).config.candidates,
-        "job_seconds": round(made["seconds"], 2),
-        "loop_seconds": round(own["seconds"], 2),
-        "prior_seconds": round(own["prior_seconds"], 2),
-        "share_of_engine_rate": round(own["seconds"] / made["seconds"], 4),
-        "share_but_for_the_prior": round(own["seconds"] / (made["seconds"] - own["prior_seconds"]), 4),
-        "cached_share": made["cached_share"],
-        "peak_mib": made["peak_mib"],
+        "users": own[0]["users"],
+        "candidates": model.config.candidates,
+        "rounds": rounds,
+        "job_seconds": [round(one["seconds"], 2) for one in made],
+        "loop_seconds": [round(one["seconds"], 2) for one in own],
+        "prior_seconds": [round(one["prior_seconds"], 2) for one in own],
+        "share_of_engine_rate": round(statistics.median(shares), 4),
+        "share_but_for_the_prior": round(statistics.median(without), 4),
+        "cached_share": made[0]["cached_share"],
+        "peak_mib": max(one["peak_mib"] for one in made),
     }
 
 
@@ -233,6 +261,7 @@ def ray_row(work: Path, run: Path, users: int, shard_rows: int) -> dict[str, Any
     return {
         "users": users,
         "shard_rows": shard_rows,
+        "runs_each": 1,
         **{f"users_per_s_{n}": round(one["users_per_s"], 3) for n, one in found.items()},
         **{f"seconds_{n}": round(one["seconds"], 2) for n, one in found.items()},
         "times_faster": round(found[2]["users_per_s"] / found[1]["users_per_s"], 3),
@@ -247,7 +276,7 @@ def main(
     users: Annotated[int, typer.Option(help="Of retrieve.")] = 1_000_000,
     small_users: Annotated[int, typer.Option(help="Of retrieve, for memory and the bare loop.")] = 100_000,
     items: Annotated[int, typer.Option(help="Of retrieve.")] = 100_000,
-    rounds: Annotated[int, typer.Option(help="Of retrieve.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Of retrieve and llm.")] = 2,
     llm_users: Annotated[int, typer.Option(help="Of llm.")] = 943,
     ray_users: Annotated[int, typer.Option(help="Of ray.")] = 320,
     ray_shard_rows: Annotated[int, typer.Option(help="Of ray.")] = 16,
@@ -260,7 +289,7 @@ def main(
     asked = only.split(",")
     if out is None or not set(asked) <= set(ROWS):
         raise ConfigError("nothing to do", where="batch.py", remedy=f"give --out, and --only of {', '.join(ROWS)}")
-    found: dict[str, Any] = {"environment": environment(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"environment": environment(), "threads": 1}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         films = run or work / "films"
@@ -269,7 +298,7 @@ def main(
         if "retrieve" in asked:
             found["retrieve"] = retrieve_row(work, users, small_users, items, rounds)
         if "llm" in asked:
-            found["llm"] = llm_row(work, films, llm_users)
+            found["llm"] = llm_row(work, films, llm_users, rounds)
         if "ray" in asked:
             found["ray"] = ray_row(work, films, ray_users, ray_shard_rows)
     write_json(out, found)

@@ -24,14 +24,15 @@ from penchant.rank import Ranker, zscore
 from penchant.run_folder import Fitted
 
 if TYPE_CHECKING:
-    from penchant.engine import Engine
+    from penchant.engine import Engine, Generation
 
 Method = Literal["rank", "retrieve", "generate"]
 Items = NDArray[np.int32]
 # One item of an answer: its index, its score, the stage that the score is from.
 Answer = list[tuple[int, float, str]]
-# What was said of items the LLM was asked about: the encoder's score, and the LLM's (nats).
-Told = dict[int, tuple[float, float]]
+# What was said of items the LLM was asked about: the encoder's score (None of items it named itself), and the LLM's
+# (nats).
+Told = dict[int, tuple[float | None, float]]
 
 
 @dataclass(eq=False)
@@ -213,7 +214,9 @@ class Served(Fitted):
         known, masked = [histories[i] for i in warm], [seen[i] for i in warm]
         if method == "generate":
             for i, found in zip(warm, self._generate(known, masked, k, allowed, calibration), strict=True):
-                out[i] = found
+                out[i] = [(one.item, one.score, schema.STAGE_GENERATED) for one in found]
+                if told is not None:
+                    told[i] = {one.item: (None, one.logprob) for one in found}
             return out
         n = max(k, self.config.candidates) if method == "rank" else k
         items, scores = self.retrieve(known, n, allowed=allowed, seen=masked)
@@ -285,7 +288,7 @@ class Served(Fitted):
         k: int,
         allowed: NDArray[np.bool_] | None,
         calibration: float,
-    ) -> list[Answer]:
+    ) -> list[list[Generation]]:
         masks = []
         for row in seen:
             mask = np.ones(len(self.texts), dtype=bool) if allowed is None else allowed.copy()
@@ -293,8 +296,7 @@ class Served(Fitted):
             masks.append(mask)
         prompts = [self.ranker.prompt(h.item).prompt for h in histories]
         bonus = -calibration * self.ranker.priors(np.arange(len(self.texts))) if calibration else None
-        answers = self.engine.generate(prompts, self.trie, k, allowed=masks, bonus=bonus)
-        return [[(g.item, g.score, schema.STAGE_GENERATED) for g in answer] for answer in answers]
+        return self.engine.generate(prompts, self.trie, k, allowed=masks, bonus=bonus)
 
     def _popularity(self) -> NDArray[np.float64]:
         """Events of each item that the model was given, (n_items,)."""

@@ -39,6 +39,10 @@ class Updated(Served):
         """Whether the model was given this user's events, at the fit or since."""
         return user_id in self._behaviours or user_id in self.log.user_index
 
+    def user_ids(self) -> list[str]:
+        """All whom ``knows`` knows: those of the fit, then those who came since, in the order of their first event."""
+        return [*self.log.user_ids, *(name for name in self._behaviours if name not in self.log.user_index)]
+
     def behaviour(self, user_id: str) -> Behaviour:
         """Everything a user did up to now, oldest first; DataError where the model was given no such user."""
         if user_id in self._behaviours:

@@ -72,6 +72,26 @@ def test_stages_are_told_apart(model: Recommender, users: Path, tmp_path: Path) 
     assert len(found["model"][0]) == 16
 
 
+def test_a_generated_item_has_the_llm_s_own_likelihood_beside_the_calibrated_score(
+    model: Recommender, users: Path, tmp_path: Path
+) -> None:
+    # The cap makes lists be asked again, for more items.
+    summary = run(
+        model, tmp_path / "recs", users, method="generate", calibration=0.5, caps={"genres": 1}, k=3, max_bad_share=0.2
+    )
+    found = results(tmp_path / "recs").filter(pl.col("stage") == "llm-generate")
+    assert len(found) > 20
+    prior = model.ranker.priors(np.array([model.item_index[i] for i in found["item_id"]]))
+    assert found["score"].to_numpy() == pytest.approx(found["llm"].to_numpy() - 0.5 * prior)
+    one = found.filter(pl.col("user_id") == "u3")
+    (alone,) = model.ranker.likelihoods(
+        [model.behaviour("u3").item], [np.array([model.item_index[i] for i in one["item_id"]])]
+    )
+    assert one["llm"].to_list() == pytest.approx(alone.tolist())
+    assert found.select("interest", "fused").null_count().row(0) == (len(found), len(found))
+    assert summary["tokens_asked"] == 0, "what a search asks is not counted by the item"
+
+
 def test_a_real_model_gives_the_same_whatever_was_done_before(
     run_folder: Path, byte_engine: TransformersEngine, users: Path, tmp_path: Path
 ) -> None:
@@ -145,8 +165,9 @@ def test_the_summary_and_the_progress_add_up(model: Recommender, users: Path, tm
     assert (summary["rows"], summary["good"], summary["bad"], summary["results"]) == (13, 12, 1, 36)
     assert summary["reasons"] == {"unknown_user": 1}
     assert summary["histories_cut"] == 11
-    assert [one["shards_done"] for one in told] == [1, 2, 3]
-    assert [one["users_done"] for one in told][-1] == 13
+    assert (told[0]["state"], told[0]["items_done"]) == ("setting up", 16)
+    assert [one["shards_done"] for one in told[1:]] == [1, 2, 3]
+    assert told[-1]["users_done"] == 13
     assert told[-1]["seconds_left"] == 0
     now = status(out)
     assert (now["state"], now["published"], now["shards_done"], now["rows_done"]) == ("complete", "run-0001", 3, 13)
@@ -179,12 +200,18 @@ def test_a_stop_leaves_a_job_that_goes_on(model: Recommender, users: Path, tmp_p
     stop.set()
     summary = run(model, tmp_path / "recs", users, shard_rows=5, max_bad_share=0.2, stop=stop)
     assert (summary["state"], summary["shards_left"]) == ("stopped", 3)
-    assert status(tmp_path / "recs")["state"] == "stopped"
     again = threading.Event()
     summary = run(
-        model, tmp_path / "recs", users, shard_rows=5, max_bad_share=0.2, stop=again, tell=lambda n: again.set()
+        model,
+        tmp_path / "recs",
+        users,
+        shard_rows=5,
+        max_bad_share=0.2,
+        stop=again,
+        tell=lambda n: again.set() if "shards_done" in n else None,
     )
     assert (summary["state"], summary["shards_done"]) == ("stopped", 2), "one was in hand when it was stopped"
+    assert status(tmp_path / "recs")["state"] == "stopped"
 
 
 def test_a_dry_run_measures_and_writes_nothing(model: Recommender, users: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.batch.conftest import Jobs, made, people, quarantined, results
 
 ROWS, SHARDS = 13, 3
-FIRST_SHARD = 10  # a rename or sync of the first shard, after those that make the run's folder
+FIRST_SHARD = 15  # a rename or sync of the first shard, after those that make the run's folder
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,23 @@ def test_a_kill_costs_the_shard_in_hand_alone(jobs: Jobs, rows: Path, undisturbe
     assert len(before) == SHARDS
     finished(jobs, out, rows, expected)
     assert {p.name: p.stat().st_mtime_ns for p in (run / "parts").iterdir()} == before
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6])
+def test_a_kill_in_mid_job_leaves_what_was_written_before(jobs: Jobs, rows: Path, tmp_path: Path, place: float) -> None:
+    """Thirteen shards, killed as one is written: that one and the one the engine has in hand are made again."""
+    whole = jobs(tmp_path / "whole", rows, shard_rows=1)
+    out = tmp_path / "recs"
+    killed = jobs(out, rows, shard_rows=1, kill_at=FIRST_SHARD + int(place * (whole.calls - FIRST_SHARD)))
+    assert killed.status == -signal.SIGKILL
+    run = out / "run-0001"
+    before = {p.name: p.stat().st_mtime_ns for p in run.glob("records/*.json")}
+    assert 2 <= len(before) <= 10
+    again = jobs(out, rows, shard_rows=1)
+    assert again.status == 0, again.said
+    after = {p.name: p.stat().st_mtime_ns for p in run.glob("records/*.json")}
+    assert {name: after[name] for name in before} == before, "none of them is made again"
+    assert made(out) == made(tmp_path / "whole")
 
 
 def test_sigterm_finishes_the_shard_in_hand_and_says_what_is_left(

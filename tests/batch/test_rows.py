@@ -39,6 +39,8 @@ ROWS: list[tuple[str | None, list[str | None] | None, str | None]] = [
     ("u3", [], None),  # its own history, which is empty, and not the run's
     (None, ["5", "6"], None),  # nobody's name is needed beside a history
     (None, ["5", "6"], None),  # and what has none is no duplicate
+    ("", ["5", "6"], None),  # an empty name is none
+    ("", ["5", "6"], None),
     ("e", ["7"] * 100_000, None),  # cut to the newest
     ("f", [str(i + 1) for i in range(16)], "nothing_left"),  # every item is seen
     ("g", ["8", "8", "8"], None),
@@ -66,8 +68,8 @@ def test_every_kind_of_row(model: Recommender, tmp_path: Path, method: Any) -> N
     assert summary["histories_cut"] == (2 if method == "retrieve" else 3)  # "e", "f"; a prompt takes six of u1's nine
     popular = found.filter(pl.col("row").is_in([14, 15]))
     assert set(popular["stage"]) == {"popularity"}
-    same = [found.filter(pl.col("row") == row).drop("row").rows() for row in (16, 17)]
-    assert same[0] == same[1]
+    same = [found.filter(pl.col("row") == row).drop("row", "user_id").rows() for row in (16, 17, 18, 19)]
+    assert same == [same[0]] * 4
 
 
 def test_a_history_is_answered_as_recommend_does_and_its_newest_events_count(
@@ -226,7 +228,8 @@ def test_an_encoder_that_gives_no_number_is_a_bad_row_too(
     monkeypatch.setattr(model.encoder, "encode", encode)
     for job in ("recommend", "embed-users"):
         out = tmp_path / job
-        run(model, out, tmp_path / "users.parquet", job=job, method="retrieve", max_bad_share=0.5)
+        method: Any = {"method": "retrieve"} if job == "recommend" else {}
+        run(model, out, tmp_path / "users.parquet", job=job, **method, max_bad_share=0.5)
         assert quarantined(out).select("user_id", "reason").rows() == [("b", "not_a_number")]
         assert set(results(out)["user_id"]) == {"a"}
 

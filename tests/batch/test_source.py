@@ -80,6 +80,15 @@ def test_files_folders_globs_and_urls(folder: Path, in_memory: str) -> None:
     assert list(ParquetSource(str(folder / "*.parquet"), ["user_id"]).hashes()) == ["a.parquet", "c.parquet"]
 
 
+def test_only_what_is_hidden_below_the_folder_is_passed_over(tmp_path: Path) -> None:
+    root = tmp_path / ".hidden" / "users"
+    (root / ".tmp").mkdir(parents=True)
+    frame(5).write_parquet(root / "a.parquet")
+    frame(5).write_parquet(root / ".a.parquet")
+    frame(5).write_parquet(root / ".tmp" / "a.parquet")
+    assert list(ParquetSource(str(root), ["user_id"]).hashes()) == ["a.parquet"]
+
+
 @pytest.mark.parametrize("url", ["nothing", "nothing/*.parquet", "nowhere://users", "memory://no-such-folder"])
 def test_what_is_not_there_is_one_error(tmp_path: Path, url: str) -> None:
     where = url if "://" in url else str(tmp_path / url)

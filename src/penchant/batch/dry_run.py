@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from penchant.batch.asked import asked
 from penchant.batch.identity import identity_of
 from penchant.batch.options import BatchOptions
 from penchant.batch.quarantine import faults, reasons
+from penchant.batch.setup import needs_prior
 from penchant.batch.shards import Shards
-from penchant.batch.worker import Worker, needs_prior
+from penchant.batch.worker import Worker
 from penchant.recommend import Recommender
 
 # Places of the input that are tried, and rows of each.
@@ -44,17 +47,17 @@ def dry_run(
     parts = [part for part in parts if len(part)]
     prior = 0
     if needs_prior(job.model, job.options):
-        missing = np.flatnonzero(np.isnan(job.model.ranker.prior))
-        prior = sum(map(len, job.model.ranker.tokens(missing)))
+        prior = sum(map(len, job.model.ranker.tokens(np.flatnonzero(np.isnan(job.model.ranker.prior)))))
     prepared = []
     begun = time.perf_counter()
     for part, frame in zip(parts, job.source.read(parts), strict=True):
         prepared.append(worker.prepare(0, part.start, frame))
     preparing = time.perf_counter() - begun
-    worker.answer(prepared[0], lambda n: None)  # the first forwards of a process are slower
-    begun = time.perf_counter()
-    answered = [worker.answer(one, lambda n: None) for one in prepared]
-    seconds = time.perf_counter() - begun
+    with _priors_known(job.model) if prior and job.options.method == "rank" else nullcontext():
+        worker.answer(prepared[0], lambda n: None)  # the first forwards of a process are slower
+        begun = time.perf_counter()
+        answered = [worker.answer(one, lambda n: None) for one in prepared]
+        seconds = time.perf_counter() - begun
     sample = sum(one.n_rows for one in answered)
     tokens = sum(one.run or one.asked for one in answered)
     scale = job.source.rows / sample
@@ -70,3 +73,16 @@ def dry_run(
         "users_per_s": round(sample / max(seconds, preparing), 3),
         "seconds": round(whole, 1),
     }
+
+
+@contextmanager
+def _priors_known(model: Recommender) -> Iterator[None]:
+    """No likelihood without history is asked for: a job has it before its first shard, so that it is no part of what
+    rows take. The answers are nobody's.
+    """
+    known = model.ranker.prior
+    model.ranker.prior = np.nan_to_num(known)
+    try:
+        yield
+    finally:
+        model.ranker.prior = known

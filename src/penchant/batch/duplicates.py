@@ -24,7 +24,8 @@ _RECORD = np.dtype([("hash", "<u8", 2), ("row", "<i8")])
 
 
 def repeated_rows(source: Source, key: Sequence[str], folder: Path) -> NDArray[np.int64]:
-    """Row numbers, ascending, of rows whose ``key`` columns equal an earlier row's; rows with a null in it are none.
+    """Row numbers, ascending, of rows whose ``key`` columns equal an earlier row's; rows with a null or an empty
+    text in it are none.
 
     Reads the whole source once. ``folder`` is for the buckets, which are gone when this returns.
     """
@@ -52,7 +53,7 @@ def repeated_rows(source: Source, key: Sequence[str], folder: Path) -> NDArray[n
 def _records(frame: pl.DataFrame, key: Sequence[str], start: int) -> NDArray[np.void]:
     rows, hashes = [], []
     for row, values in enumerate(zip(*(frame[name].to_list() for name in key), strict=True), start):
-        if None not in values:
+        if all(values):
             text = "".join(f"{len(value)}:{value}" for value in values)  # ("ab", "c") is not ("a", "bc")
             rows.append(row)
             hashes.append(hashlib.blake2b(text.encode(), digest_size=16).digest())

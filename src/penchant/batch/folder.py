@@ -1,6 +1,7 @@
 """A job's folder: its runs, the lock, and which run is published.
 
 recs/lock                   one process at a time, or the parts of one array job
+recs/setup/                 what a run that is being made needs (setup.py)
 recs/run-0001/              a job: manifest.json and what shards.py keeps
 recs/latest -> run-0001     the newest complete run, and never another
 """
@@ -12,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -86,9 +88,9 @@ class JobFolder:
         found = [p for p in self.path.iterdir() if _RUN.fullmatch(p.name) and (p / MANIFEST).is_file()]
         return sorted(found, key=lambda p: int(p.name[4:]))
 
-    def open(self, identity: Identity, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    def find(self, identity: Identity) -> tuple[Path, dict[str, Any]] | None:
         """The run of this identity and its manifest: the unfinished one, or the newest complete one where it is the
-        same, or a new one, which ``make`` fills (it returns what goes into the manifest beside the identity).
+        same; None where a new one has to be made. What a kill left half made is removed.
 
         StorageError, naming what differs, where the unfinished one is another job's.
         """
@@ -108,6 +110,17 @@ class JobFolder:
                     where=str(runs[-1]),
                     remedy="run it as it was started, or give another --out, or delete that folder to give it up",
                 )
+        return None
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for the block alone."""
+        with _making(self.path), tempfile.TemporaryDirectory(prefix=".run-", dir=self.path) as folder:
+            yield Path(folder)
+
+    def create(self, identity: Identity, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+        """A new run and its manifest; ``make`` fills it and returns what goes into the manifest beside the identity."""
+        runs = self.runs()
         number = int(runs[-1].name[4:]) + 1 if runs else 1
         target = self.path / f"run-{number:04d}"
         if target.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,20 +13,23 @@ from typing import Any, Literal
 from penchant.batch.asked import COLUMNS, Asked, asked
 from penchant.batch.duplicates import repeated_rows
 from penchant.batch.folder import SUMMARY, JobFolder, part_of
-from penchant.batch.identity import identity_of, with_input
+from penchant.batch.identity import Identity, identity_of, with_input
 from penchant.batch.local import run_local
 from penchant.batch.options import BatchOptions
 from penchant.batch.progress import Progress, cached_share, totals
 from penchant.batch.ray import run_ray
+from penchant.batch.setup import SETUP, needs_prior, pieces_done, score_pieces
 from penchant.batch.shards import QUARANTINE, Record, Shards
 from penchant.batch.worker import Worker, save_fixed
 from penchant.engine.threads import threads
 from penchant.environment import environment
 from penchant.errors import ConfigError, DataError
-from penchant.files import write_json
+from penchant.files import read_json, write_json
 from penchant.recommend import Recommender
 
 Runner = Literal["local", "ray"]
+SETUP_NUMBERS = "setup.json"  # of a run: what its set-up took
+_SETUP_SUMS = ("items", "tokens_asked", "tokens_run", "seconds")
 
 
 def run(
@@ -54,7 +58,9 @@ def run(
     ``part`` "i/n" takes every n-th shard, for array jobs. ``runner`` "ray" gives shards to ``workers`` actors, each
     with ``worker_gpus`` GPUs; the folders must then be ones that all machines see. Over ``max_bad_share`` of
     quarantined rows it is a DataError. SIGTERM, or setting ``stop``, lets the shard in hand be finished: the summary's
-    state is then "stopped". ``tell`` is given the numbers of progress.json at each shard.
+    state is then "stopped". SIGKILL costs the shard in hand and the one before it if that is still being written; of
+    the set-up (see setup.py) the piece in hand. ``tell`` is given the numbers of progress.json at each shard, and
+    before the first those of ``score_pieces``, whose state is "setting up".
 
     StorageError where another process is at the job, where an unfinished job differs (it says in what), or where there
     is no room; ModelError where the engine stops. After any of them the same call goes on where it was.
@@ -66,13 +72,23 @@ def run(
     own = part_of(part)
     with stop_on_sigterm(stop or threading.Event()) as stopping:
         job = asked(model, rows, options, n_threads=n_threads, **settings)
+        if job.source.searches(Path(out)):
+            raise ConfigError(
+                f"would be read as rows: it lies in {rows}",
+                where=str(out),
+                remedy="give an --out that is not in the input's folder",
+            )
         if runner == "ray" and job.path is None:
             raise ConfigError("the ray runner opens the run itself", where="model", remedy="give the run's folder")
         folder = JobFolder(Path(out))
         with folder.locked(own):
             with folder.setting_up():
                 identity = with_input(identity_of(job.model, job.options), job.source)
-                path, manifest = folder.open(identity, lambda stage: _make(stage, job))
+                place = folder.find(identity) or _make(folder, job, identity, runner, stopping.is_set, tell)
+                if place is None:
+                    return _not_begun(folder, job)
+                shutil.rmtree(folder.path / SETUP, ignore_errors=True)
+            path, manifest = place
             shards = Shards(path, job.source.rows, job.options.rows)
             shards.make()
             mine = shards.of_part(*own)
@@ -106,16 +122,54 @@ def run(
             return _finish(folder, job, shards, own, [*kept, *progress.new], progress, max_bad_share)
 
 
-def _make(stage: Path, job: Asked) -> dict[str, Any]:
-    """What a new run fixes for all its shards."""
+def _make(
+    folder: JobFolder,
+    job: Asked,
+    identity: Identity,
+    runner: Runner,
+    stopped: Callable[[], bool],
+    tell: Callable[[dict[str, Any]], None] | None,
+) -> tuple[Path, dict[str, Any]] | None:
+    """A new run, with what is fixed for all its shards; None where it was stopped before that was all there."""
     key = COLUMNS[job.options.job][2]
-    repeated = repeated_rows(job.source, key, stage)
+    with folder.scratch() as scratch:
+        repeated = repeated_rows(job.source, key, scratch)
+    took: dict[str, Any] | None = None
+    if needs_prior(job.model, job.options):
+        took = score_pieces(
+            folder.path / SETUP, job.model, identity, stopped=stopped, tell=tell or (lambda numbers: None)
+        )
+        close = getattr(job.model.engine, "close", None)
+        if runner == "ray" and close is not None:
+            close()  # the workers have engines of their own, perhaps on the same GPU
+        if took["items_done"] < took["items"]:
+            return None
+
+    def fill(stage: Path) -> dict[str, Any]:
+        if took is not None:
+            write_json(stage / SETUP_NUMBERS, {name: took[name] for name in _SETUP_SUMS})
+        return {
+            "options": job.options.model_dump(mode="json"),
+            "rows": job.source.rows,
+            "shard_rows": job.options.rows,
+            "threads": threads(),
+            "files": save_fixed(stage, repeated, None if took is None else job.model.ranker.prior),
+        }
+
+    return folder.create(identity, fill)
+
+
+def _not_begun(folder: JobFolder, job: Asked) -> dict[str, Any]:
+    """The summary of a job that was stopped before its first shard."""
+    shards = len(Shards(folder.path, job.source.rows, job.options.rows))
+    done, items = pieces_done(folder.path / SETUP) or (0, len(job.model.texts))
     return {
-        "options": job.options.model_dump(mode="json"),
-        "rows": job.source.rows,
-        "shard_rows": job.options.rows,
-        "threads": threads(),
-        "files": save_fixed(stage, job.model, job.options, repeated),
+        "state": "stopped",
+        "run": str(folder.path),
+        "shards": shards,
+        "shards_done": 0,
+        "shards_left": shards,
+        "setup": {"items": items, "items_done": done},
     }
 
 
@@ -151,6 +205,7 @@ def _finish(
             "bad_share": round(sums["bad"] / job.source.rows, 6),
             "cached_share": cached_share(sums["tokens_asked"], sums["tokens_run"]),
             "engine_seconds": round(sum(record["seconds"] for record in records.values()), 2),
+            "setup": read_json(took) if (took := shards.folder / SETUP_NUMBERS).is_file() else None,
             "this_process": {name: numbers[name] for name in numbers if name.endswith(("_per_s", "seconds"))},
         }
         if complete:

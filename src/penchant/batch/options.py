@@ -9,10 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from penchant.errors import ConfigError
 from penchant.serving import Method
 
+Backend = Literal["transformers", "vllm"]
 Job = Literal["recommend", "score", "embed-users", "embed-items"]
 
 # Rows of a shard. What a kill can cost is one shard: a minute or so of the LLM, or of the encoder alone.
 _LLM_ROWS, _ROWS = 256, 8192
+_ANY = ("job", "shard_rows", "batch", "backend")
+# Options that jobs other than recommend heed.
+_USED: dict[str, tuple[str, ...]] = {"score": (*_ANY, "method"), "embed-users": _ANY, "embed-items": _ANY}
 
 
 class BatchOptions(BaseModel):
@@ -36,12 +40,22 @@ class BatchOptions(BaseModel):
     shard_rows: int | None = Field(
         default=None, ge=1, description=f"input rows of a shard; None: {_LLM_ROWS:,} with the LLM, {_ROWS:,} without"
     )
+    backend: Backend | None = Field(default=None, description="what runs the LLM; None: as the run was fitted")
     batch: int = Field(default=256, ge=1, description="rows answered together; batches never cross shards")
 
     @model_validator(mode="after")
     def _fits(self) -> BatchOptions:
         if self.job == "score" and self.method == "generate":
             raise ValueError("pairs are scored by rank (the LLM) or retrieve (the encoder), not by generate")
+        if self.calibration and self.method != "generate":
+            raise ValueError(f"calibration is of method generate, and the method is {self.method}")
+        if self.backend is not None and not self.asks_llm:
+            raise ValueError("backend says what runs the LLM, and this job asks none")
+        for name, field in type(self).model_fields.items():
+            if name not in _USED.get(self.job, (name,)) and getattr(self, name) != field.get_default(
+                call_default_factory=True
+            ):
+                raise ValueError(f"{name} means nothing to {self.job}: it would be ignored")
         return self
 
     @classmethod

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.batch.folder import SUMMARY, JobFolder, held, read_manifest
+from penchant.batch.setup import SETUP, pieces_done
 from penchant.batch.shards import Record, Shards
 from penchant.errors import StorageError
 from penchant.files import disk_full, read_json
@@ -124,8 +125,14 @@ def status(out: Path | str) -> dict[str, Any]:
     folder = JobFolder(out)
     runs = folder.runs()
     if not runs:
+        pieces = pieces_done(out / SETUP)
+        scored = "" if pieces is None else f": {pieces[0]:,} of {pieces[1]:,} items are scored without history"
         if held(out):
-            raise StorageError("is being set up", where=str(out), remedy="ask again when the input has been read")
+            raise StorageError(f"is being set up{scored}", where=str(out), remedy="ask again when that is done")
+        if pieces is not None:
+            raise StorageError(
+                f"was stopped in its set-up{scored}", where=str(out), remedy="run the same command again"
+            )
         raise StorageError("holds no job", where=str(out), remedy="give the folder of `penchant batch ... --out`")
     run = runs[-1]
     manifest = read_manifest(run)

@@ -24,6 +24,7 @@ Reason = Literal[
     "empty_history",  # scores and vectors need an event; recommendations fall back to popularity
     "no_item",  # a pair or an item without an item_id
     "unknown_item",  # an item_id that the catalogue doesn't have
+    "removed_item",  # an item asked for its vector, and removed from what is recommended
     "not_a_number",  # a score or vector of this row is NaN or infinite
     "refused",  # the engine refused this row alone, as for a prompt that doesn't fit
     "nothing_left",  # every item is seen or filtered out; counted, and no fault of the row

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from penchant.batch.local import run_local
 from penchant.batch.options import BatchOptions
 from penchant.batch.shards import Record, Shards
 from penchant.batch.worker import Worker
-from penchant.errors import ConfigError, ModelError, PenchantError
+from penchant.errors import ConfigError, DataError, ModelError, NotFiniteError, PenchantError, StorageError
 
 _STOP = "stop"  # a file: actors on any machine see it, and begin no other shard
 _GROUPS, _SHARDS = 4, 8  # groups of shards an actor gets at least, and shards of a group at most
@@ -73,9 +73,7 @@ def run_ray(
             runtime_env={"env_vars": variables},
         )
         try:
-            for row in results.iter_rows():
-                for record in json.loads(row["records"]):
-                    done(record)
+            hear(results.iter_rows(), done)
         except PenchantError:
             stop.touch()
             raise
@@ -90,10 +88,31 @@ def run_ray(
             stop.unlink(missing_ok=True)
 
 
+def hear(rows: Iterable[Mapping[str, Any]], done: Callable[[Record], None]) -> None:
+    """Tell ``done`` of each record that workers give back; raise the first error that one gives back."""
+    for row in rows:
+        for record in json.loads(str(row["records"])):
+            done(record)
+        if row["error"]:
+            name, what, where, remedy = json.loads(str(row["error"]))
+            kinds = {kind.__name__: kind for kind in (ConfigError, DataError, NotFiniteError, StorageError)}
+            raise kinds.get(name, ModelError)(what, where=where, remedy=remedy)
+
+
 class ShardActor:
-    """One worker: its own model and engine, for shards as they come."""
+    """One worker: its own model and engine, for shards as they come.
+
+    An error of ours is given back beside the records: of what is raised Ray keeps the last link of the chain, or less.
+    """
 
     def __init__(self, model: str, rows: str | None, run: str) -> None:
+        self._error: PenchantError | None = None
+        try:
+            self._open(model, rows, run)
+        except PenchantError as error:
+            self._error = error
+
+    def _open(self, model: str, rows: str | None, run: str) -> None:
         self._run = Path(run)
         manifest = read_manifest(self._run)
         job = asked(
@@ -112,9 +131,22 @@ class ShardActor:
         self._shards = Shards(self._run, manifest["rows"], manifest["shard_rows"])
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The records of the shards named in the batch's one row, those that were whole already included."""
-        todo: list[int] = json.loads(str(batch["shards"][0]))
-        records = {shard: found for shard in todo if (found := self._shards.whole(shard)) is not None}
+        """The records of the shards named in the batch's one row, those that were whole already included; and the
+        error that ended them.
+        """
+        records: dict[int, Record] = {}
+        error = self._error
+        try:
+            if error is None:
+                self._make(json.loads(str(batch["shards"][0])), records)
+        except PenchantError as raised:
+            error = raised
+        found = json.dumps([records[shard] for shard in sorted(records)])
+        said = "" if error is None else json.dumps([type(error).__name__, error.what, error.where, error.remedy])
+        return {"records": np.array([found]), "error": np.array([said])}
+
+    def _make(self, todo: Sequence[int], records: dict[int, Record]) -> None:
+        records |= {shard: found for shard in todo if (found := self._shards.whole(shard)) is not None}
 
         def done(record: Record) -> None:
             records[record["shard"]] = record
@@ -128,7 +160,6 @@ class ShardActor:
             done=done,
             stopped=(self._run / _STOP).exists,
         )
-        return {"records": np.array([json.dumps([records[shard] for shard in sorted(records)])])}
 
 
 @contextlib.contextmanager

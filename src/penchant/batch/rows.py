@@ -89,6 +89,8 @@ class Preparer:
         if not item:
             return "no_item", -1
         index = self._model.item_index.get(item, -1)
+        if index >= 0 and self._options.job == "embed-items" and self._model.removed[index]:
+            return "removed_item", index
         return (None if index >= 0 else "unknown_item"), index
 
     def _history(

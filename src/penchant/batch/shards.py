@@ -83,20 +83,14 @@ class Shards:
             "seconds": round(seconds, 3),
             "sha256": sums,
         }
-        write_json(record, found | {"check": _check(found)})
+        write_json(record, sealed(found))
         return found
 
     # -- reading -------------------------------------------------------------------------------
 
     def record(self, shard: int) -> Record | None:
         """What was written last of a shard; None where that is missing, torn or altered. Looks at the record alone."""
-        try:
-            found = read_json(self._paths(shard)[2])
-        except StorageError:
-            return None
-        if not isinstance(found, dict) or found.pop("check", None) != _check(found):
-            return None
-        return found
+        return unsealed(self._paths(shard)[2])
 
     def whole(self, shard: int) -> Record | None:
         """The record of a shard whose files are what was written; None where it has to be made (again)."""
@@ -148,5 +142,18 @@ def _write(frame: pl.DataFrame, path: Path) -> str:
         return sha256_file(stage)
 
 
-def _check(record: Record) -> str:
-    return sha256_text(json.dumps(record, sort_keys=True))[:16]
+def sealed(record: Record) -> Record:
+    """The record with a checksum of itself."""
+    return record | {"check": sha256_text(json.dumps(record, sort_keys=True))[:16]}
+
+
+def unsealed(path: Path) -> Record | None:
+    """A record as it was sealed; None where its file is missing, torn or altered."""
+    try:
+        found = read_json(path)
+    except StorageError:
+        return None
+    if not isinstance(found, dict):
+        return None
+    record = {name: value for name, value in found.items() if name != "check"}
+    return record if sealed(record) == found else None

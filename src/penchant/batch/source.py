@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
@@ -42,6 +43,10 @@ class Source(Protocol):
         """A frame for each range of row numbers; the ranges ascend and don't overlap."""
         ...
 
+    def searches(self, folder: Path) -> bool:
+        """Whether files that come to lie in this folder would be taken for the source's own."""
+        ...
+
     def unchanged(self) -> None:
         """StorageError where a file is not what it was when the source was opened."""
         ...
@@ -65,6 +70,9 @@ class NamesSource:
         for part in wanted:
             yield pl.DataFrame({self.column: list(self.names[part.start : part.stop])}, schema={self.column: pl.String})
 
+    def searches(self, folder: Path) -> bool:
+        return False
+
     def unchanged(self) -> None:
         return
 
@@ -87,8 +95,8 @@ class ParquetSource:
         self.url = url
         self._columns = (*columns, *optional)
         with _readable(url):
-            self._fs, root = fsspec.core.url_to_fs(url)
-            self._files = [self._open_file(path, root, columns, optional) for path in self._paths(root)]
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+            self._files = [self._open_file(path, self._root, columns, optional) for path in self._paths(self._root)]
         if not self._files:
             raise DataError("no Parquet file there", where=url, remedy="give a .parquet file, a folder or a glob")
 
@@ -100,16 +108,24 @@ class ParquetSource:
         if self._fs.isfile(root):
             return [root]
         if self._fs.isdir(root):
-            return sorted(p for p in self._fs.find(root) if p.endswith(".parquet") and "/." not in p)
+            found = self._fs.find(root)
+            return sorted(p for p in found if p.endswith(".parquet") and "/." not in p.removeprefix(root))
         return sorted(p for p in self._fs.glob(root) if self._fs.isfile(p))
 
     def _open_file(self, path: str, root: str, columns: Sequence[str], optional: Sequence[str]) -> _File:
         with _readable(path), self._fs.open(path, "rb") as handle:
             file = pq.ParquetFile(handle)
             checked_types(file.schema_arrow, columns, optional, path)
-            base = root.split("*", 1)[0].rsplit("/", 1)[0] if "*" in root else root
-            name = path.removeprefix(base).lstrip("/") or path.rsplit("/", 1)[-1]
+            name = path.removeprefix(_base(root)).lstrip("/") or path.rsplit("/", 1)[-1]
             return _File(name, path, file.metadata.num_rows, self._stamp(path))
+
+    def searches(self, folder: Path) -> bool:
+        """Whether files that come to lie in this folder would be taken for the source's own."""
+        if "file" not in self._fs.protocol:
+            return False
+        if "**" not in self._root and not self._fs.isdir(self._root):
+            return False
+        return folder.resolve().is_relative_to(Path(_base(self._root)).resolve())
 
     def _stamp(self, path: str) -> tuple[object, ...]:
         info = self._fs.info(path)
@@ -179,6 +195,11 @@ class ParquetSource:
                             done += batch.num_rows
                     start += rows
             self._check(file)
+
+
+def _base(root: str) -> str:
+    """The path itself, or of a glob the folder that all it finds is in."""
+    return root.split("*", 1)[0].rsplit("/", 1)[0] if "*" in root else root
 
 
 @contextmanager

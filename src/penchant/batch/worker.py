@@ -19,7 +19,6 @@ from penchant.files import save_array, sha256_file
 from penchant.recommend import Recommender
 
 DUPLICATES, PRIOR = "duplicates.npy", "prior.npy"
-_PRIORS = 4096  # items whose no-history likelihood is asked for at once
 
 
 class Worker:
@@ -61,27 +60,11 @@ class Worker:
             ) from error
 
 
-def needs_prior(model: Recommender, options: BatchOptions) -> bool:
-    """Whether scores depend on the items' likelihood without history."""
-    if options.method == "generate":
-        return options.job == "recommend" and options.calibration > 0
-    fused = options.asks_llm and model.config.question == "likelihood" and model.fusion.calibration > 0
-    return fused and (options.job == "score" or model.fusion.weight > 0)
-
-
-def save_fixed(
-    folder: Path, model: Recommender, options: BatchOptions, duplicates: NDArray[np.int64]
-) -> dict[str, str]:
-    """Write what is computed once for all shards; the hash of each file.
-
-    The likelihood of items without history is scored for the whole catalogue, in pieces of fixed items: asked for as
-    shards come to need it, it would depend on their order in its last digits.
-    """
-    save_array(folder / DUPLICATES, duplicates)
+def save_fixed(folder: Path, duplicates: NDArray[np.int64], prior: NDArray[np.float64] | None) -> dict[str, str]:
+    """Write what is computed once for all shards; the hash of each file."""
     names = [DUPLICATES]
-    if needs_prior(model, options):
-        for start in range(0, len(model.texts), _PRIORS):
-            model.ranker.priors(np.arange(start, min(start + _PRIORS, len(model.texts))))
-        save_array(folder / PRIOR, model.ranker.prior)
+    save_array(folder / DUPLICATES, duplicates)
+    if prior is not None:
+        save_array(folder / PRIOR, prior)
         names.append(PRIOR)
     return {name: sha256_file(folder / name) for name in names}

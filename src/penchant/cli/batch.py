@@ -42,6 +42,9 @@ def batch_command(
     calibration: Annotated[float, typer.Option(help="With generate: share of the no-history likelihood out.")] = 0.0,
     shard_rows: Annotated[int | None, typer.Option(help="Rows of a shard: 256 with the LLM, 8,192 without.")] = None,
     batch: Annotated[int, typer.Option(help="Rows answered together.")] = 256,
+    backend: Annotated[
+        str | None, typer.Option(help="transformers or vllm: what runs the LLM; else what the run was fitted with.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the model on the CPU.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n, i from 1: every n-th shard, for array jobs.")] = None,
     runner: Annotated[str, typer.Option(help="local, or ray (pip install 'penchant[ray]').")] = "local",
@@ -89,8 +92,10 @@ def batch_command(
         calibration=calibration,
         shard_rows=shard_rows,
         batch=batch,
+        backend=backend,
     )
     if dry_run:
+        _none_given(context, "--dry-run", "shard", "runner", "workers", "worker_gpus")
         typer.echo(json.dumps(try_out(run, rows, options, n_threads=threads)))
         return
     if out is None:
@@ -129,11 +134,27 @@ def _rows(users: str | None, pairs: str | None, items: str | None, embed: str | 
             where="batch",
             remedy="such as --users users.parquet --out recs",
         )
-    return items if embed == "items" else users or pairs
+    if embed == "items":
+        return items
+    return users if users is not None else pairs
+
+
+def _none_given(context: typer.Context, beside: str, *names: str) -> None:
+    """ConfigError where one of these options was given: it would be ignored."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} means nothing beside {beside}", where=option, remedy="leave one of them out")
 
 
 def _line(numbers: dict[str, Any]) -> str:
     """One line of progress."""
+    if numbers["state"] == "setting up":
+        return (
+            f"set-up: {numbers['items_done']:,} of {numbers['items']:,} items scored without history, "
+            f"{numbers['seconds_left']:,.0f} s left"
+        )
     left, cached = numbers["seconds_left"], numbers["cached_share"]
     parts = [
         f"shard {numbers['shards_done']:,} of {numbers['shards']:,}",
