@@ -14,6 +14,7 @@ from tests.fake_engine import FakeEngine
 
 from penchant.errors import ConfigError, DataError
 from penchant.evaluation import comparison as module
+from penchant.evaluation import prepared
 from penchant.evaluation.baselines.sasrec import SASRec
 from penchant.evaluation.comparison import BOTH, Comparison, spread
 from penchant.evaluation.ranking import Ranked
@@ -328,13 +329,13 @@ def test_what_an_encoder_of_a_comparison_reads_is_checked(data: Path, monkeypatc
     encoder = task().fit.encoder.model_dump() | {"inputs": ("gap",)}
     fit = {"encoder": encoder, "candidates": 5, "validation_users": 5}
     made = comparison(data, ["encoder: text"], task(fit=fit))
-    honest = module.read_events
+    honest = prepared.read_events
 
     def shifted(*args: Any) -> Any:
         columns, reading, words = honest(*args)
         return columns, dataclasses.replace(reading, codes=np.roll(reading.codes, -1, axis=0)), words
 
-    monkeypatch.setattr(module, "read_events", shifted)
+    monkeypatch.setattr(prepared, "read_events", shifted)
     with pytest.raises(DataError, match="the codes that the encoder reads"):
         made.run()
 
