@@ -384,7 +384,7 @@ def test_candidates_that_are_no_array_of_items_are_refused(bad: Any, model: Reco
         evaluate(model, candidates=bad)
 
 
-@pytest.mark.parametrize("name", ["encoder", "popularity", LAST, "llm likelihood", FUSED])
+@pytest.mark.parametrize("name", ["encoder", LAST, "llm likelihood", FUSED])
 def test_a_baseline_with_the_name_of_a_system_of_ours_is_refused(name: str, model: Recommender) -> None:
     mine = dataclasses.replace(Popularity(np.ones(16, dtype=np.float32)), name=name)
     with pytest.raises(ConfigError, match=re.escape(f"two systems are called {name!r}")):
@@ -393,6 +393,13 @@ def test_a_baseline_with_the_name_of_a_system_of_ours_is_refused(name: str, mode
     with pytest.raises(ConfigError, match="two systems are called 'mine'"):
         evaluate(model, baselines=[mine, mine], llm_users=0)
     assert evaluate(model, baselines=[mine], llm_users=0).find("mine")
+
+
+def test_popularity_as_a_baseline_stands_for_the_built_in_one(model: Recommender) -> None:
+    ours = Popularity(model.split.train_counts.astype(np.float32))
+    report = evaluate(model, baselines=[ours], llm_users=0)
+    assert sum(row.system == "popularity" for row in report.rows) == 1
+    assert report.find("encoder minus popularity").difference
 
 
 @pytest.mark.parametrize("n", [1, 30])

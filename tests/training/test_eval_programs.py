@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 from itertools import permutations
@@ -95,9 +96,12 @@ def test_the_last_minutes_take_the_newest_checkpoint_however_fast_it_went(tmp_pa
 def test_tallrec_scores_its_test_examples(byte_folder: Path, prompts: Path, tmp_path: Path) -> None:
     titles = ["Heat (1995)", "Alien (1979)", "Up (2009)", "M (1931)", "Aliens (1986)"]
     rows = [entry(f'"{a}"', "", b, ("No.", "Yes.")[i % 2]) for i, (a, b) in enumerate(permutations(titles, 2))]
-    (tmp_path / "data").mkdir()
-    for name in ("train", "valid", "test"):
-        written(tmp_path / "data" / f"{name}.json.gz", rows)
+    films = tmp_path / "data" / "movie"
+    films.mkdir(parents=True)
+    for name, users in (("train", "train.csv.gz"), ("valid", "valid.csv"), ("test", "test.csv")):
+        written(films / f"{name}.json.gz", rows)
+        of_row = "\n".join(["user_id", *(str(i % 4) for i in range(len(rows)))])
+        (films / users).write_bytes(gzip.compress(of_row.encode()) if users.endswith(".gz") else of_row.encode())
     more = {
         "model": str(byte_folder),
         "prompts": str(prompts),
@@ -114,7 +118,7 @@ def test_tallrec_scores_its_test_examples(byte_folder: Path, prompts: Path, tmp_
         found = json.loads(out.read_text())
         assert set(found["auc"]) == {"untuned", "8", "all"}
         for run in found["runs"]:
-            assert 0 <= run["low"] <= run["auc"] <= run["high"] <= 1
+            assert 0 <= run["metrics"]["AUC"]["low"] <= run["auc"] <= run["metrics"]["AUC"]["high"] <= 1
             assert run["n_test"] == 20
     assert [run.get("steps") for run in found["runs"]] == [None, 3, 3]
 
