@@ -126,9 +126,9 @@ def evaluate(
     ``llm_users`` targets, drawn with ``seed``, go through the LLM stage (0: none do). ``average``: events count
     alike, or users do. ``seen``, ``seen_last`` and ``candidates`` are those of ``rank_targets``. ``baselines`` stand
     beside the built-in ones (popularity in place of it), and ours is tested against the best. ``slices`` also by
-    ``item_columns`` and by every column of ``users`` (a table with user_id). ``n_examples`` real users are shown with their titles. An
-    encoder that learns values (loss mse, or bce with a value) is judged by these too, in a group of their own. With
-    ``price_per_hour`` of the machine, in any currency, the costs say what a thousand users cost.
+    ``item_columns`` and by every column of ``users`` (a table with user_id). ``n_examples`` real users are shown with
+    their titles. An encoder that learns values (loss mse, or bce with a value) is judged by these too, in a group of
+    their own. With ``price_per_hour`` of the machine, in any currency, the costs say what a thousand users cost.
 
     Raises DataError where there are no targets, they are another log's, one is a training event, or the leak check
     finds something; ConfigError where two systems have one name, or an adapter was trained on another split.
