@@ -51,3 +51,9 @@ def test_other_data_and_no_card_are_said(tmp_path: Path) -> None:
     assert note.endswith(f"does not say what it was trained on; {UNKNOWN}")
     examples = trained(tmp_path / "b", None, None)
     assert check_data({"adapter": examples}, "d", LAST) == [f"{examples} was trained on other data; {UNKNOWN}"]
+
+
+@pytest.mark.timeout(10)
+def test_a_card_that_names_its_own_folder_is_read_once(tmp_path: Path) -> None:
+    own = trained(tmp_path / "a", "other", LAST, model=str(tmp_path / "a"))
+    assert check_data({"model": own}, "d", LAST) == [f"{own} was trained on other data; {UNKNOWN}"]

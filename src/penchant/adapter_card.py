@@ -66,10 +66,11 @@ def check_data(source: dict[str, Any] | None, data: str, split: dict[str, Any]) 
     if adapter is not None and read_card(adapter) is None:
         notes.append(f"the adapter {adapter} does not say what it was trained on; {unknown}")
     # A merged or wholly trained model has the card in its own folder.
-    waiting = [adapter, source.get("model")]
+    waiting, seen = [adapter, source.get("model")], set[str]()
     while waiting:
         folder = waiting.pop(0)
-        card = read_card(folder)
+        card = None if str(folder) in seen else read_card(folder)
+        seen.add(str(folder))  # a model that was trained on into its own folder names itself
         if card is None:
             continue
         if card.get("data") != data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,8 @@ def test_an_adapter_that_does_not_reload_to_itself_is_an_error(
 # -- losses that are no numbers --------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
-    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path
-) -> None:
-    config = settings(byte_folder, epochs=3, checkpoint_every=2, eval_every=99)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
+    """For ``on_record``: after step 5 a weight of the student is no number."""
     students: list[Student] = []
     plain = recipe_module.load_student
     monkeypatch.setattr(recipe_module, "load_student", lambda c: students.append(plain(c)) or students[-1])
@@ -126,6 +125,15 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
             with torch.no_grad():
                 next(iter(students[0].trainable().values()))[0, 0] = float("nan")
 
+    return poison
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    config = settings(byte_folder, epochs=3, checkpoint_every=2, eval_every=99)
+    plain = recipe_module.load_student
+    poison = poisoned(monkeypatch)
     with pytest.raises(ModelError, match="in step 6; it was not taken") as raised:
         finetune("next_item", config, toy, tmp_path / "run", on_record=poison)
     last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
@@ -177,15 +185,7 @@ def test_a_model_whose_logits_are_no_numbers_is_not_published(
 def test_what_was_best_before_a_loss_that_is_no_number_is_published(
     picture: None, monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path
 ) -> None:
-    students: list[Student] = []
-    plain = recipe_module.load_student
-    monkeypatch.setattr(recipe_module, "load_student", lambda c: students.append(plain(c)) or students[-1])
-
-    def poison(record: dict[str, Any]) -> None:
-        if record["kind"] == "step" and record["step"] == 5:
-            with torch.no_grad():
-                next(iter(students[0].trainable().values()))[0, 0] = float("nan")
-
+    poison = poisoned(monkeypatch)
     out = tmp_path / "run"
     with pytest.raises(NotFiniteLossError, match="in step 6; it was not taken") as raised:
         finetune("next_item", settings(byte_folder, epochs=3, eval_every=2), toy, out, on_record=poison)

@@ -112,7 +112,7 @@ def test_each_recipe_leaves_an_adapter_that_reloads_to_the_same_scores(
     recipe = trained[0]
     load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1], recipe.student, None)
     outcome.best_step = 6
-    recipes.publish(recipe, outcome, tmp_path / "run")
+    recipes.publish(recipe, 0, outcome, tmp_path / "run")
     expected = scores_of(recipe.student)
     served, stock, alone = reload_scores(byte_folder, tmp_path / "run")
     assert served == pytest.approx(expected, abs=1e-4)

@@ -8,8 +8,8 @@ needs one class for each of vLLM's two model runners and can follow beams only, 
 regex of titles, which admits other tokenisations of them; and over vLLM's own beam search, which filters too late
 (8 beams over 8 titles gave 3). A root of more than 128 children is asked for in parts, each of which runs the last
 block of the prompt again. Log-probabilities of the whole vocabulary would be one request, sorted, sent and unpacked
-for every token: 1.9 times faster for a root of 621 children on two cores (29 ms against 56), slower for the few of
-other nodes; a prompt has one root and a thousand of these (eval/results/speed-vllm.json, rows children, generate).
+for every token: 1.9 times faster for a root of 621 children on two cores (29 ms against 56), but a prompt has one such
+root and a thousand smaller requests (eval/results/speed-vllm.json, rows children and generate).
 """
 
 from __future__ import annotations

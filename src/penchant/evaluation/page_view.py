@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from penchant.evaluation.page_numbers import NONE, amount, as_float, interval, is_number, number, p_value
 from penchant.evaluation.report import heading
 
-NONE = "–"
 LEAK = (
     "Leave-last-out leaks global time: whatever is trained on all users has seen other users' events that are later "
     "than a target."
@@ -179,45 +179,6 @@ def view(report: Mapping[str, Any]) -> View:
     )
 
 
-# -- numbers -----------------------------------------------------------------------------------
-
-
-def number(value: Any, digits: int = 4, *, sign: bool = False) -> str:
-    """Fixed digits with a true minus; fewer where the number is large; a dash for none or NaN."""
-    if not _known(value):
-        return NONE
-    digits = digits if abs(value) < 100 else min(digits, 2)
-    return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "−")
-
-
-def _known(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _float(value: Any) -> float:
-    return float(value) if _known(value) else math.nan
-
-
-def _interval(estimate: Mapping[str, Any], sign: bool = False) -> str:
-    low, high = estimate.get("low"), estimate.get("high")
-    if not (_known(low) and _known(high)):
-        return ""
-    return f"[{number(low, sign=sign)}, {number(high, sign=sign)}]"
-
-
-def _amount(value: Any) -> str:
-    """Seconds or tokens: three significant digits."""
-    if not _known(value):
-        return NONE
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _p(value: Any) -> str:
-    if not _known(value):
-        return ""
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
 # -- parts -------------------------------------------------------------------------------------
 
 
@@ -238,7 +199,7 @@ def _primary(names: Sequence[str]) -> str:
 
 
 def _best(name: str, values: Iterable[Any]) -> float:
-    known = [float(value) for value in values if _known(value)]
+    known = [float(value) for value in values if is_number(value)]
     if not known:
         return math.nan
     return min(known) if name.lower().startswith(_ERRORS) else max(known)
@@ -246,7 +207,7 @@ def _best(name: str, values: Iterable[Any]) -> float:
 
 def _counts(estimates: Iterable[Any]) -> str:
     """How many users: one number, or the least and the most."""
-    known = sorted({int(n) for n in estimates if _known(n)})
+    known = sorted({int(n) for n in estimates if is_number(n)})
     if not known:
         return NONE
     return f"{known[0]:,}" if len(known) == 1 else f"{known[0]:,}–{known[-1]:,}"
@@ -257,7 +218,7 @@ def _group(name: str, rows: Sequence[Mapping[str, Any]]) -> Group:
     columns = _estimates(rows, "metrics")
     counts = [_counts(e.get("n") for e in row["metrics"].values()) for row in rows]
     cells = [
-        [*row_cells, Cell(n), *([Cell(_p(row.get("p")))] if with_p else [])]
+        [*row_cells, Cell(n), *([Cell(p_value(row.get("p")))] if with_p else [])]
         for row, row_cells, n in zip(rows, columns.rows, counts, strict=True)
     ]
     table = Table(name, [*columns.head, "n", *(["p"] if with_p else [])], cells)
@@ -279,7 +240,7 @@ def _estimates(rows: Sequence[Mapping[str, Any]], key: str) -> Table:
             estimate = row[key].get(metric) or {}
             mean = estimate.get("mean")
             strong = not difference and len(plain) > 1 and mean == best[metric]
-            cells.append(Cell(number(mean, sign=difference), _interval(estimate, difference), strong=strong))
+            cells.append(Cell(number(mean, sign=difference), interval(estimate, difference), strong=strong))
         out.append(cells)
     return Table("", ["system", *metrics], out)
 
@@ -311,7 +272,7 @@ def _slice(name: str, entries: Sequence[Mapping[str, Any]]) -> Slice:
         rows = []
         for system in systems:
             found = [at.get((value, system), {}).get("metrics", {}).get(metric) or {} for value in values]
-            rows.append([Cell(system, number=False), *(Cell(number(e.get("mean")), _interval(e)) for e in found)])
+            rows.append([Cell(system, number=False), *(Cell(number(e.get("mean")), interval(e)) for e in found)])
         tables.append(Table(metric, ["system", *(f"{value} (n {n[value]})" for value in values)], rows))
     primary = _primary(metrics)
     panels = [
@@ -324,10 +285,10 @@ def _slice(name: str, entries: Sequence[Mapping[str, Any]]) -> Slice:
 
 def _point(entry: Mapping[str, Any], metric: str, seconds: Any = None) -> Point | None:
     estimate = entry["metrics"].get(metric) or {}
-    if not _known(estimate.get("mean")):
+    if not is_number(estimate.get("mean")):
         return None
-    low, high = _float(estimate.get("low")), _float(estimate.get("high"))
-    return Point(str(entry["system"]), float(estimate["mean"]), low, high, _float(seconds))
+    low, high = as_float(estimate.get("low")), as_float(estimate.get("high"))
+    return Point(str(entry["system"]), float(estimate["mean"]), low, high, as_float(seconds))
 
 
 def _costs(costs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Costs | None:
@@ -340,7 +301,7 @@ def _costs(costs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
     group = max(found, key=lambda name: len(found[name].keys() & set(systems)), default="")
     chosen = found.get(group, {})
     metric = _primary(_names(chosen.values()))
-    further = [key for key in _COSTS if any(_known(cost.get(key)) for cost in costs)]
+    further = [key for key in _COSTS if any(is_number(cost.get(key)) for cost in costs)]
     points, table, absent = [], [], []
     for cost, system in zip(costs, systems, strict=True):
         seconds = cost.get("seconds_per_1000_users")
@@ -353,10 +314,10 @@ def _costs(costs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
             [
                 Cell(system, number=False),
                 Cell(number(point.mean if point else None)),
-                Cell(_amount(seconds)),
-                Cell(_amount(cost.get("tokens_per_1000_users"))),
-                Cell(_amount(cost.get("fit_seconds"))),
-                *(Cell(_amount(cost.get(key))) for key in further),
+                Cell(amount(seconds)),
+                Cell(amount(cost.get("tokens_per_1000_users"))),
+                Cell(amount(cost.get("fit_seconds"))),
+                *(Cell(amount(cost.get(key))) for key in further),
             ]
         )
     head = ["system", metric or "quality", "seconds per 1,000 users", "tokens per 1,000 users", "seconds to fit"]
@@ -365,7 +326,7 @@ def _costs(costs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 
 
 def _beyond(entries: Sequence[Mapping[str, Any]]) -> Table | None:
-    keys = [key for key in _BEYOND if any(_known(entry.get(key)) for entry in entries)]
+    keys = [key for key in _BEYOND if any(is_number(entry.get(key)) for entry in entries)]
     if not keys:
         return None
     rows = [
@@ -381,7 +342,7 @@ def _trials(system: str, entries: Sequence[Mapping[str, Any]]) -> Table:
         [
             Cell(", ".join(f"{key} {value}" for key, value in _flat(entry.get("config") or {})), number=False),
             Cell(number(entry.get("valid_ndcg@10")), strong=entry.get("valid_ndcg@10") == best),
-            Cell(_amount(entry.get("seconds"))),
+            Cell(amount(entry.get("seconds"))),
         ]
         for entry in entries
     ]
@@ -395,7 +356,7 @@ def _example(entry: Mapping[str, Any]) -> Example:
     for system, titles in (entry.get("recommended") or {}).items():
         hit = _hit([str(title) for title in titles], str(entry["target"]), ranks.get(system))
         items = [(str(title), place == hit) for place, title in enumerate(titles)]
-        lists.append(Listed(str(system), f"{ranks[system]:,}" if _known(ranks.get(system)) else NONE, items))
+        lists.append(Listed(str(system), f"{ranks[system]:,}" if is_number(ranks.get(system)) else NONE, items))
     return Example(
         user=str(entry["user"]),
         older=history[:-_RECENT],
@@ -412,9 +373,9 @@ def _hit(titles: Sequence[str], target: str, rank: Any) -> int:
     Two items may have one title, and ties count against the system: the rank says whether it is a hit, the
     title where.
     """
-    if target not in titles or (_known(rank) and rank > len(titles)):
+    if target not in titles or (is_number(rank) and rank > len(titles)):
         return -1
-    if _known(rank) and titles[int(rank) - 1] == target:
+    if is_number(rank) and titles[int(rank) - 1] == target:
         return int(rank) - 1
     return titles.index(target)
 

@@ -19,7 +19,7 @@ from penchant.training.recipe import Recipe
 from penchant.training.task import Outcome
 
 
-def publish(recipe: Recipe, outcome: Outcome, out: Path) -> None:
+def publish(recipe: Recipe, dropped: int, outcome: Outcome, out: Path) -> None:
     """Put the student's weights and card in ``out``; ModelError where read back they say something else."""
     card = {
         "recipe": recipe.name,
@@ -28,7 +28,7 @@ def publish(recipe: Recipe, outcome: Outcome, out: Path) -> None:
         **recipe.served_as,
         "outcome": vars(outcome),
         "item_texts_cut": recipe.corpus.truncated if recipe.split is not None else 0,
-        "events_dropped": recipe.rows().dropped,
+        "events_dropped": dropped,
         "versions": {"python": platform.python_version(), **versions()},
     }
     with staged_folder(out / "new") as stage:

@@ -93,7 +93,7 @@ def finetune(
 
 def _publish_best(recipe: Recipe, loop: Loop, out: Path) -> None:
     load_checkpoint(loop.best_checkpoint(), recipe.student, None)
-    publish(recipe, loop.outcome(), out)
+    publish(recipe, loop.task.rows.dropped, loop.outcome(), out)
 
 
 def _draw(loop: Loop, out: Path, name: str) -> None:
