@@ -283,7 +283,7 @@ def test_an_array_of_objects_is_not_pickled(tmp_path: Path) -> None:
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=10,
 )
@@ -294,6 +294,12 @@ def test_json_comes_back_as_it_was(value: object, tmp_path_factory: pytest.TempP
     path = tmp_path_factory.getbasetemp() / "round trip.json"
     write_json(path, value)
     assert read_json(path) == value
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_is_no_finite_number_is_null(number: float, tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": [number, 1.5]})
+    assert read_json(tmp_path / "x.json") == {"a": [None, 1.5]}
 
 
 def test_json_is_written_for_people(tmp_path: Path) -> None:
