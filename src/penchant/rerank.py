@@ -54,6 +54,18 @@ class Rules:
         """How many candidates a list of k should be chosen from at first: for variety, many more than k."""
         return max(100, 10 * k) if self.diversity else k
 
+    @property
+    def keeps_order(self) -> bool:
+        """Whether a list without a title twice stays as it is."""
+        return not self.diversity and not self.labels
+
+    def repeats(self, items: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """(n,): which of n lists (n, k) hold a title twice that may come once."""
+        if self.title is None or items.shape[1] < 2:
+            return np.zeros(len(items), dtype=bool)
+        titles = np.sort(self.title[items], axis=1)
+        return (titles[:, 1:] == titles[:, :-1]).any(axis=1)
+
     def choose(self, items: Sequence[int], vectors: NDArray[np.float32] | None, k: int) -> list[int]:
         """Places of the k chosen of ``items`` (best first), in their new order; fewer where the rules leave fewer.
 
@@ -63,9 +75,9 @@ class Rules:
         are of these items; they are needed where diversity is above 0.
         """
         n = len(items)
-        if not self.diversity and not self.labels:  # a list as it comes, as most are: its places in order
+        if self.keeps_order:  # a list as it comes, as most are: its places in order
             first = np.asarray(items[:k], dtype=np.int64)
-            if self.title is None or len(set(self.title[first].tolist())) == len(first):
+            if not self.repeats(first[None])[0]:
                 return list(range(len(first)))
         relevance = 1 - np.arange(n) / max(1, n)
         likeness = np.zeros(n)

@@ -203,7 +203,7 @@ class Served(Fitted):
 
         ``told`` takes up, by the history's place, what the stages said of the items that the LLM was asked about.
         """
-        allowed = self._served(allowed)
+        allowed = self.served(allowed)
         out: list[Answer] = [[] for _ in histories]
         warm = [i for i, h in enumerate(histories) if len(h)]
         popular = self._popular(k, allowed) if len(warm) < len(histories) else []
@@ -269,7 +269,7 @@ class Served(Fitted):
         """The k best for a wish: ``weight`` on ``nearness``, the rest on the encoder's score, or where there is no
         history on popularity, standardised over the catalogue too.
         """
-        allowed = self._served(allowed)
+        allowed = self.served(allowed)
         if len(history):
             base = zscore(self.encoder.scores(self.encoder.encode([history]), self.index.vectors)[0])
         else:
@@ -323,7 +323,7 @@ class Served(Fitted):
         queries = self.encoder.encode(known).reshape(-1, self.config.encoder.dim)
         return self.index.recall(queries, min(k, len(self.texts)))
 
-    def _served(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    def served(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
         """The filter without removed items."""
         if not self.removed.any():
             return allowed

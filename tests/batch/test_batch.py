@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from tests.batch.conftest import Jobs, made, results
+from tests.batch.conftest import USERS, Jobs, made, results
 from tests.fake_engine import FakeEngine
 
 from penchant.batch import BatchOptions, dry_run, run, status
@@ -50,6 +50,32 @@ def test_a_job_answers_as_recommend_does(
     keys = ["user_id", "item_id", "rank", "stage"]
     assert found.select(keys).rows() == alone.select(keys).rows(), "in the order of the input"
     assert found["score"].to_list() == pytest.approx(alone["score"].to_list(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"k": 30}, {"deny": [str(i) for i in range(5, 17)]}, {"unique_titles": False}, {"k": 1}]
+)
+def test_lists_of_the_index_alone_keep_to_the_rules(
+    model: Recommender, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    twice = pl.when(pl.col("item_id").cast(pl.Int64) % 3 == 0).then(pl.lit("Again")).otherwise("title")
+    model.items = model.items.with_columns(twice.alias("title"))
+    model.removed[7] = True
+    lists = [["1"], [], ["5", "6", "7"], [str(i) for i in range(1, 13)], ["2", "2"]]
+    users = pl.DataFrame({"user_id": list("abcde"), "history": lists}, schema=USERS)
+    users.write_parquet(tmp_path / "users.parquet")
+    run(model, tmp_path / "recs", tmp_path / "users.parquet", method="retrieve", max_bad_share=1.0, **options)
+    found = results(tmp_path / "recs")
+    for user, history in users.rows():
+        alone = model.recommend(history=history, method="retrieve", **({"k": 10} | options))
+        own = found.filter(pl.col("user_id") == user)
+        assert own["item_id"].to_list() == alone["item_id"].to_list()
+        assert own["rank"].to_list() == list(range(1, len(alone) + 1))
+        assert own["score"].to_list() == pytest.approx(alone["score"].to_list(), abs=1e-5)
+        from_index = own["stage"] == "interest"
+        assert own["interest"].is_not_null().to_list() == from_index.to_list()
+        assert from_index.all() == bool(history)
+    assert found.select("llm", "fused").null_count().row(0) == (len(found), len(found))
 
 
 def test_stages_are_told_apart(model: Recommender, users: Path, tmp_path: Path) -> None:

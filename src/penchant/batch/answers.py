@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,9 @@ from penchant.rerank import Rules
 from penchant.serving import Answer, Method, Told
 
 ROW, INTEREST, LLM, FUSED, VECTOR, MODEL = "row", "interest", "llm", "fused", "vector", "model"
-_KIND: dict[str, Any] = {
-    ROW: pl.Int64,
-    schema.USER: pl.String,
-    schema.ITEM: pl.String,
-    schema.RANK: pl.Int32,
-    schema.SCORE: pl.Float64,
-    schema.STAGE: pl.String,
-    INTEREST: pl.Float64,
-    LLM: pl.Float64,
-    FUSED: pl.Float64,
-}
-
-# What one row makes: values in the order of the job's columns.
-Line = tuple[Any, ...]
+# What one input row makes: of each of the job's columns its values, all of one length. Items are their indices, and a
+# number that is not there is NaN.
+Lines = tuple[Sequence[Any] | NDArray[Any], ...]
 
 
 @dataclass(eq=False)
@@ -78,8 +68,8 @@ class Answerer:
         self._rules = Rules.of(
             model.items, diversity=options.diversity, caps=options.caps, unique=options.unique_titles
         )
-        self._names: list[str] = model.items[schema.ITEM].to_list()
-        jobs: dict[str, tuple[Callable[[Prepared, Sequence[int]], list[list[Line]]], list[str]]] = {
+        self._names = model.items[schema.ITEM]
+        jobs: dict[str, tuple[Callable[[Prepared, Sequence[int]], list[Lines | None]], list[str]]] = {
             "recommend": (
                 self._recommend,
                 [schema.ITEM, schema.RANK, schema.SCORE, schema.STAGE, INTEREST, LLM, FUSED],
@@ -102,7 +92,7 @@ class Answerer:
         out = Answered(prepared.shard, prepared.n_rows, pl.DataFrame(), list(prepared.bad))
         out.cut, out.unknown = prepared.cut, prepared.unknown
         self._asked = 0
-        lines: list[list[Line]] = [[] for _ in prepared.rows]
+        lines: list[Lines | None] = [None for _ in prepared.rows]
         for places in batches(prepared, self._options.batch):
             for place, found in zip(places, self._one_by_one(prepared, places, out.bad), strict=True):
                 lines[place] = found
@@ -111,8 +101,8 @@ class Answerer:
         out.frame = self._frame(prepared, lines)
         return out
 
-    def _one_by_one(self, prepared: Prepared, places: Sequence[int], bad: list[Bad]) -> list[list[Line]]:
-        """The lines of each row; where a batch fails because of some row, each row is asked alone."""
+    def _one_by_one(self, prepared: Prepared, places: Sequence[int], bad: list[Bad]) -> list[Lines | None]:
+        """The lines of each row, None where it has none; where a batch fails for some row, each row is asked alone."""
         try:
             found = self._ask(prepared, places)
         except (DataError, NotFiniteError) as error:
@@ -121,24 +111,62 @@ class Answerer:
             finite = not isinstance(error, NotFiniteError) and self._finite(prepared.histories[places[0]])
             reason: Reason = "refused" if finite else "not_a_number"
             bad.append(self._bad(prepared, places[0], reason, error.what))
-            return [[]]
+            return [None]
         if self._options.job == "recommend":
             for place, lines in zip(places, found, strict=True):
-                if not lines:
+                if lines is None:
                     bad.append(self._bad(prepared, place, "nothing_left"))
         return found
 
     def _bad(self, prepared: Prepared, place: int, reason: Reason, detail: str = "") -> Bad:
         item = prepared.items[place]
-        return Bad(prepared.rows[place], prepared.users[place], None if item < 0 else self._names[item], reason, detail)
+        name = None if item < 0 else self._names[item]
+        return Bad(prepared.rows[place], prepared.users[place], name, reason, detail)
 
     # -- the jobs ------------------------------------------------------------------------------
 
-    def _recommend(self, prepared: Prepared, places: Sequence[int]) -> list[list[Line]]:
-        model, options = self._model, self._options
+    def _recommend(self, prepared: Prepared, places: Sequence[int]) -> list[Lines | None]:
         histories = [prepared.histories[place] for place in places]
         nobody = np.zeros(0, dtype=np.int32)
-        seen = [nobody if options.include_seen else history.item for history in histories]
+        seen = [nobody if self._options.include_seen else history.item for history in histories]
+        out = self._of_index(histories, seen)
+        rest = [i for i, found in enumerate(out) if found is None]
+        asked = self._of_stages([histories[i] for i in rest], [seen[i] for i in rest])
+        for i, (found, told) in zip(rest, asked, strict=True):
+            out[i] = found
+            if self._options.method == "rank":
+                self._count(prepared.tokens[places[i]], told)
+        return out
+
+    def _of_index(self, histories: Sequence[Behaviour], seen: Sequence[NDArray[np.int32]]) -> list[Lines | None]:
+        """Whole lists as the index gives them, a million of which should cost little beside the search; None where
+        that isn't the list: the LLM is asked, or a rule takes something out, or there are too few, or no history.
+        """
+        model, options = self._model, self._options
+        out: list[Lines | None] = [None] * len(histories)
+        warm = [i for i, history in enumerate(histories) if len(history)]
+        if options.method != "retrieve" or not self._rules.keeps_order or not warm:
+            return out
+        items, scores = model.retrieve(
+            [histories[i] for i in warm],
+            options.k,
+            allowed=model.served(self._allowed),
+            seen=[seen[i] for i in warm],
+        )
+        if items.shape[1] < options.k:
+            return out
+        ranks, stages = np.arange(1, options.k + 1), [schema.STAGE_INTEREST] * options.k
+        none = np.full(options.k, np.nan)
+        whole = (items[:, -1] >= 0) & ~self._rules.repeats(items)
+        for j in np.flatnonzero(whole).tolist():
+            out[warm[j]] = (items[j], ranks, scores[j], stages, scores[j], none, none)
+        return out
+
+    def _of_stages(
+        self, histories: Sequence[Behaviour], seen: Sequence[NDArray[np.int32]]
+    ) -> list[tuple[Lines | None, list[int]]]:
+        """Lists by all stages and rules, and the items that the LLM was asked about."""
+        model, options = self._model, self._options
         told: dict[int, Told] = {}
 
         def ask(some: Sequence[int], size: int, method: Method) -> list[Answer]:
@@ -149,23 +177,22 @@ class Answerer:
                 told[i] = told.get(i, {}) | heard.get(place, {})
             return answers
 
-        out = []
-        for i, chosen in enumerate(model.fill(ask, len(histories), options.k, options.method, self._rules)):
-            if options.method == "rank":
-                self._count(prepared.tokens[places[i]], list(told[i]))
-            out.append([self._line(rank, *one, told[i].get(one[0])) for rank, one in enumerate(chosen, 1)])
-        return out
+        if not histories:
+            return []
+        lists = model.fill(ask, len(histories), options.k, options.method, self._rules)
+        return [(self._lines(chosen, told[i]), list(told[i])) for i, chosen in enumerate(lists)]
 
-    def _line(self, rank: int, item: int, score: float, stage: str, said: tuple[float | None, float] | None) -> Line:
-        interest = llm = fused = None
-        if stage == schema.STAGE_INTEREST:
-            interest = score
-        elif said is not None:
-            interest, llm = said
-            fused = None if stage == schema.STAGE_GENERATED else score
-        return self._names[item], rank, score, stage, interest, llm, fused
+    def _lines(self, chosen: Answer, told: Told) -> Lines | None:
+        rows = []
+        for rank, (item, score, stage) in enumerate(chosen, 1):
+            interest, llm = told.get(item, (None, np.nan))
+            fused = score if item in told and stage != schema.STAGE_GENERATED else np.nan
+            if stage == schema.STAGE_INTEREST:
+                interest, llm, fused = score, np.nan, np.nan
+            rows.append((item, rank, score, stage, np.nan if interest is None else interest, llm, fused))
+        return tuple(zip(*rows, strict=True)) if rows else None
 
-    def _score(self, prepared: Prepared, places: Sequence[int]) -> list[list[Line]]:
+    def _score(self, prepared: Prepared, places: Sequence[int]) -> list[Lines | None]:
         """A pair's score is of the pair alone: the encoder's, or the LLM's with its share without history taken out."""
         model = self._model
         groups: list[list[int]] = []  # pairs of one user, whose history is asked about once
@@ -195,30 +222,30 @@ class Answerer:
                     said - model.fusion.calibration * model.ranker.priors(row)
                     for said, row in zip(llm, items, strict=True)
                 ]
-        out: list[list[Line]] = [[] for _ in places]
+        out: list[Lines | None] = [None for _ in places]
         for g, group in enumerate(groups):
             if llm is not None:
                 self._count(prepared.tokens[places[group[0]]], items[g])
             if not np.isfinite(scores[g]).all() or not np.isfinite(interest[g]).all():
                 raise NotFiniteError("a score is not a number", where="score")
             for j, i in enumerate(group):
-                said = None if llm is None else float(llm[g][j])
-                name = self._names[prepared.items[places[i]]]
-                out[i] = [(name, float(scores[g][j]), float(interest[g][j]), said)]
+                said = np.nan if llm is None else llm[g][j]
+                out[i] = ([items[g][j]], [scores[g][j]], [interest[g][j]], [said])
         return out
 
-    def _embed_users(self, prepared: Prepared, places: Sequence[int]) -> list[list[Line]]:
+    def _embed_users(self, prepared: Prepared, places: Sequence[int]) -> list[Lines | None]:
         vectors = self._model.encoder.encode([prepared.histories[place] for place in places])
         if not np.isfinite(vectors).all():
             raise NotFiniteError("the vector is not finite", where="embed")
         several = vectors if vectors.ndim == 3 else vectors[:, None]
-        return [[(k, vector) for k, vector in enumerate(row)] for row in several]
+        return [(np.arange(len(row)), row) for row in several]
 
-    def _embed_items(self, prepared: Prepared, places: Sequence[int]) -> list[list[Line]]:
-        vectors = self._model.index.vectors[[prepared.items[place] for place in places]]
+    def _embed_items(self, prepared: Prepared, places: Sequence[int]) -> list[Lines | None]:
+        items = [prepared.items[place] for place in places]
+        vectors = self._model.index.vectors[items]
         if not np.isfinite(vectors).all():
             raise NotFiniteError("the vector is not finite", where="embed")
-        return [[(self._names[prepared.items[p]], row)] for p, row in zip(places, vectors, strict=True)]
+        return [([item], row[None]) for item, row in zip(items, vectors, strict=True)]
 
     # -- small parts ---------------------------------------------------------------------------
 
@@ -231,22 +258,28 @@ class Answerer:
         if prompt:
             self._asked += prompt * len(items) + sum(map(len, self._model.ranker.tokens(items)))
 
-    def _frame(self, prepared: Prepared, lines: Sequence[Sequence[Line]]) -> pl.DataFrame:
+    def _frame(self, prepared: Prepared, lines: Sequence[Lines | None]) -> pl.DataFrame:
         """All lines in the order of the input, as the job's columns."""
-        count = [len(found) for found in lines]
-        flat = [line for found in lines for line in found]
+        there = [found for found in lines if found is not None]
+        count = [0 if found is None else len(found[0]) for found in lines]
         columns: dict[str, pl.Series] = {ROW: pl.Series(np.repeat(np.array(prepared.rows, dtype=np.int64), count))}
         if self._options.job != "embed-items":
-            users = [user for user, n in zip(prepared.users, count, strict=True) for _ in range(n)]
-            columns[schema.USER] = pl.Series(users, dtype=pl.String)
-        values = list(zip(*flat, strict=True)) if flat else [()] * len(self._columns)
-        for name, column in zip(self._columns, values, strict=True):
-            if name == VECTOR:
-                width = self._model.config.encoder.dim
-                matrix = np.array(column, dtype=np.float32).reshape(len(column), width)
-                columns[name] = pl.Series(matrix, dtype=pl.Array(pl.Float32, width))
-            elif name == INTEREST and self._options.job == "embed-users":
-                columns[name] = pl.Series(column, dtype=pl.Int32)
-            else:
-                columns[name] = pl.Series(column, dtype=_KIND[name])
+            row = np.repeat(np.arange(len(count)), count)
+            columns[schema.USER] = pl.Series(prepared.users, dtype=pl.String).gather(row)
+        for at, name in enumerate(self._columns):
+            columns[name] = self._column(name, [found[at] for found in there])
         return pl.DataFrame(columns).with_columns(pl.lit(self._hash, dtype=pl.String).alias(MODEL))
+
+    def _column(self, name: str, parts: Sequence[Sequence[Any] | NDArray[Any]]) -> pl.Series:
+        if name == schema.STAGE:
+            return pl.Series(list(chain.from_iterable(parts)), dtype=pl.String)
+        if name == VECTOR:
+            width = self._model.config.encoder.dim
+            flat = np.concatenate([np.zeros((0, width), dtype=np.float32), *parts])
+            return pl.Series(flat, dtype=pl.Array(pl.Float32, width))
+        whole = name in (schema.ITEM, schema.RANK) or self._options.job == "embed-users"  # an interest's number there
+        kind = np.int32 if whole else np.float64
+        column = pl.Series(np.concatenate([np.zeros(0, dtype=kind), *parts], dtype=kind))
+        if name == schema.ITEM:
+            return self._names.gather(column)
+        return column if whole else column.fill_nan(None)

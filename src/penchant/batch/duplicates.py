@@ -5,7 +5,6 @@ A key's 128-bit hash goes to one of many buckets on disk; a bucket is small enou
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from penchant.batch.source import Source
 # Rows a bucket holds on the average: 6 MB.
 _BUCKET = 250_000
 _READ = 65_536
+_SEEDS = (20261128, 8211620)  # of the two halves of a hash
 _RECORD = np.dtype([("hash", "<u8", 2), ("row", "<i8")])
 
 
@@ -51,13 +51,11 @@ def repeated_rows(source: Source, key: Sequence[str], folder: Path) -> NDArray[n
 
 
 def _records(frame: pl.DataFrame, key: Sequence[str], start: int) -> NDArray[np.void]:
-    rows, hashes = [], []
-    for row, values in enumerate(zip(*(frame[name].to_list() for name in key), strict=True), start):
-        if all(values):
-            text = "".join(f"{len(value)}:{value}" for value in values)  # ("ab", "c") is not ("a", "bc")
-            rows.append(row)
-            hashes.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
-    records = np.zeros(len(rows), dtype=_RECORD)
-    records["row"] = rows
-    records["hash"] = np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2)
+    told = pl.all_horizontal(pl.col(name).str.len_bytes() > 0 for name in key)  # null where the text is
+    said = frame.with_row_index("row", start).filter(told)
+    whole = pl.struct(*key)
+    hashes = said.select(whole.hash(_SEEDS[0]).alias("first"), whole.hash(_SEEDS[1]).alias("second"))
+    records = np.zeros(len(said), dtype=_RECORD)
+    records["row"] = said["row"].to_numpy()
+    records["hash"] = hashes.to_numpy()
     return records
