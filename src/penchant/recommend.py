@@ -291,7 +291,7 @@ class Recommender(Updated):
     def interests(
         self, user: str | None = None, n: int = 5, *, history: Sequence[str] | None = None
     ) -> tuple[NDArray[np.float32], pl.DataFrame]:
-        """A user's interest vectors (K, dim), and what they are about: the n items nearest to each.
+        """A user's interest vectors (K, width), and what they are about: the n items nearest to each.
 
         Columns of the frame: interest (from 0), item_id, title, score; items of the history are among them, for they
         say best what an interest is.
@@ -299,7 +299,7 @@ class Recommender(Updated):
         _, (behaviour,) = self._who(None if user is None else [user], history, None)
         if not len(behaviour):
             raise DataError("the history is empty", where="interests", remedy="give a user, or a history, with events")
-        vectors = self.encoder.encode([behaviour]).reshape(-1, self.config.encoder.dim)
+        vectors = self.encoder.encode([behaviour]).reshape(-1, self.encoder.width)
         items, scores = search(self.index, vectors, min(n, len(self.items)))
         flat = items.ravel().tolist()
         frame = pl.DataFrame(

@@ -320,7 +320,7 @@ class Served(Fitted):
         known = [history for history in self.reading.before(sample.position) if len(history)]
         if not known:
             return None
-        queries = self.encoder.encode(known).reshape(-1, self.config.encoder.dim)
+        queries = self.encoder.encode(known).reshape(-1, self.encoder.width)
         return self.index.recall(queries, min(k, len(self.texts)))
 
     def served(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-import psutil
 import pytest
+from tests.batch.by_ray import RAY, actors, alive, begun, wait_for
 from tests.batch.conftest import USERS, made, results
 
 from penchant.batch import run
@@ -32,42 +29,6 @@ needs_ray = pytest.mark.skipif(
 )
 
 SHARDS = 60
-
-
-def begun(run: Path, users: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    """``penchant batch`` in a process of its own: what Ray does to a process is no matter of the tests'."""
-    command = [sys.executable, "-m", "penchant", "batch", str(run), "--users", str(users), "--out", str(out)]
-    return subprocess.Popen(
-        [*command, "--shard-rows", "2", "--threads", "1", *more],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-RAY = ("--runner", "ray", "--workers", "2")
-
-
-def wait_for(job: subprocess.Popen[str], out: Path, n: int) -> int:
-    """Wait until n shards are there, or the job has ended; how many there are."""
-    records = out / "run-0001" / "records"
-    while (found := len(list(records.glob("*.json")))) < n and job.poll() is None:
-        time.sleep(0.01)
-    return found
-
-
-def actors(of: int) -> list[psutil.Process]:
-    """The processes of a job's workers."""
-    children = psutil.Process(of).children(recursive=True)
-    return [child for child in children if "ShardActor" in " ".join(child.cmdline())]
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def rows_of(batch: dict[str, Any]) -> list[dict[str, Any]]:

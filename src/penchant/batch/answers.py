@@ -274,7 +274,7 @@ class Answerer:
         if name == schema.STAGE:
             return pl.Series(list(chain.from_iterable(parts)), dtype=pl.String)
         if name == VECTOR:
-            width = self._model.config.encoder.dim
+            width = self._model.encoder.width
             flat = np.concatenate([np.zeros((0, width), dtype=np.float32), *parts])
             return pl.Series(flat, dtype=pl.Array(pl.Float32, width))
         whole = name in (schema.ITEM, schema.RANK) or self._options.job == "embed-users"  # an interest's number there

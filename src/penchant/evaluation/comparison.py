@@ -43,7 +43,7 @@ from penchant.evaluation.tasks import Task
 from penchant.files import sha256_file, staged_file
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
-from penchant.interest.fit import inputs_of, training_behaviours
+from penchant.interest.fit import fit_match, inputs_of, training_behaviours
 from penchant.interest.train import train_encoder
 from penchant.recommend import Recommender, Stages, silent
 
@@ -62,7 +62,7 @@ MISTAKE = "a known mistake, made on purpose to show its size"
 # Settings of our encoder that the baseline SASRec does not take over.
 _NOT_SASREC = (
     *("kind", "inputs", "interests", "relevance", "id_dropout"),
-    *("loss", "hard_negatives", "user_weight", "item_weight"),
+    *("loss", "hard_negatives", "user_weight", "item_weight", "match", "cold_price"),
 )
 # The same whatever the seed: made once.
 _DETERMINISTIC = {"popularity", "recent", "bm25", "nearest", "item_knn", "ease"}
@@ -180,6 +180,7 @@ class Comparison(Prepared):
         vectors = self.vectors if text else None
         columns, reading, words = self.events
         sequences = training_behaviours(self.split, reading)
+        asked = reading.before(valid.targets.position)
 
         def system(encoder: InterestEncoder) -> SASRec:
             return SASRec(encoder, encoder.item_matrix(), events.counts, name, reading)
@@ -194,6 +195,7 @@ class Comparison(Prepared):
                 inputs=inputs_of(columns, words),
                 max_seconds=left,
             )
+            fit_match(encoder, asked, valid.targets.item, seen=valid.masked())
             return system(encoder)
 
         configs = self._encoders(text, ids) if chosen is None else [EncoderConfig.model_validate(chosen)]

@@ -32,6 +32,18 @@ class EncoderConfig(BaseModel):
     id_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of items that lose their ID in a training step, so that text serves"
     )
+    match: int = Field(
+        default=0,
+        ge=0,
+        description="dimensions of the items' texts, whitened, whose likeness to the newest items' texts is fused in, "
+        "as much as validation wants; 0: none",
+    )
+    cold_price: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the validation NDCG@10 that this may cost, where it finds more items without an event",
+    )
     inputs: tuple[str, ...] = Field(
         default=(),
         description="more about each event: event_type, rating, gap (time since the one before), review, query, or "
@@ -78,6 +90,12 @@ class EncoderConfig(BaseModel):
             raise ValueError("hard_negatives are for loss sampled")
         if self.value is not None and self.loss not in ("bce", "mse"):
             raise ValueError("value is for loss bce or mse")
+        if self.match and not self.use_text:
+            raise ValueError("match compares texts: give use_text")
+        if self.match and (self.relevance == "mlp" or self.value_column is not None):
+            raise ValueError("match is a second dot product beside the first: give relevance dot or cosine, no value")
+        if self.cold_price and not self.match:
+            raise ValueError("cold_price is paid for match")
         if len(set(self.inputs)) != len(self.inputs):
             raise ValueError("an input is named twice")
         return self

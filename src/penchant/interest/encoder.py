@@ -4,7 +4,7 @@ u = E_u(what the user did), c = E_c(what the item is), r(u, c) = R(u, c).
 
 An item is its LLM text vector through a trained projection, plus an ID embedding. A history is read by a causal
 transformer over these (SASRec, Kang and McAuley 2018, section 3), a GRU or a recency-weighted mean. With IDs alone and
-the transformer it is SASRec.
+the transformer it is SASRec. Beside what is trained may stand the likeness of texts as the LLM sees them (match.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from penchant.errors import ConfigError, StorageError
 from penchant.interest.behaviour import Batch, Behaviour, History, pad
 from penchant.interest.config import EncoderConfig
+from penchant.interest.match import TextMatch
 from penchant.interest.relevance import Relevance
 from penchant.interest.sequence import SEQUENCES, Interests
 
@@ -55,6 +57,7 @@ class InterestEncoder(nn.Module):
         self.config = config
         self.n_items = n_items
         self._kept: torch.Tensor | None = None
+        self._kept_texts: torch.Tensor | None = None
         # Not parameters and not saved with the weights: the run keeps the vectors themselves.
         self.register_buffer("text", None if text is None else torch.from_numpy(text), persistent=False)
         self.register_buffer("words", None if words is None else torch.from_numpy(words), persistent=False)
@@ -74,6 +77,7 @@ class InterestEncoder(nn.Module):
         self.several = Interests(dim, config.interests) if config.interests > 1 else None
         self.norm = nn.LayerNorm(dim)
         self.relevance = Relevance(config)
+        self.match = TextMatch(config.match, dim, text.shape[1]) if config.match and text is not None else None
         if self.ids is not None:
             nn.init.normal_(self.ids.weight, std=0.02)
 
@@ -100,7 +104,7 @@ class InterestEncoder(nn.Module):
         """The same weights (shared) with its first items and texts alone: what is added to one is not in the other."""
         made = copy.copy(self)
         made._buffers = dict(self._buffers)
-        made.n_items, made._kept = n_items, None
+        made.n_items, made._kept, made._kept_texts = n_items, None, None
         made.text = None if self.text is None else self.text[:n_items]
         made.words = None if self.words is None else self.words[:n_words]
         return made
@@ -120,6 +124,9 @@ class InterestEncoder(nn.Module):
         if self._kept is not None:  # the others need not be projected again
             with torch.inference_mode():
                 self._kept = torch.cat([self._kept, self.project(new)])
+        if self._kept_texts is not None and self.match is not None:
+            with torch.inference_mode():
+                self._kept_texts = torch.cat([self._kept_texts, self.match.texts(new)])
         return first
 
     def add_words(self, vectors: NDArray[np.float32]) -> int:
@@ -154,7 +161,7 @@ class InterestEncoder(nn.Module):
 
     def train(self, mode: bool = True) -> InterestEncoder:
         """As of every module; what was kept for serving is forgotten, for the weights may have changed."""
-        self._kept = None
+        self._kept = self._kept_texts = None
         return super().train(mode)
 
     def _serve(self) -> None:
@@ -167,23 +174,46 @@ class InterestEncoder(nn.Module):
             self._kept = self.items()
         return self._kept
 
+    def _served_texts(self, match: TextMatch) -> Any:
+        """The items' texts as ``match`` compares them, computed once likewise."""
+        if self._kept_texts is None and self.text is not None:
+            self._kept_texts = match.texts(self.text)
+        return self._kept_texts
+
+    @property
+    def matching(self) -> TextMatch | None:
+        """The text match, where there is one and validation gave it a say."""
+        return self.match if self.match is not None and float(self.match.weight) > 0 else None
+
+    @property
+    def width(self) -> int:
+        """Dimensions of what ``encode`` and ``item_matrix`` give: ``dim``, and those of the text match."""
+        match = self.matching
+        return self.config.dim + (0 if match is None else match.extra)
+
     # -- as numpy, for serving -----------------------------------------------------------------
 
     @torch.inference_mode()
     def item_matrix(self) -> NDArray[np.float32]:
-        """E_c as R compares it, (n_items, dim) float32, for an index."""
+        """E_c as R compares it, (n_items, width) float32, for an index."""
         self._serve()
-        return self.relevance.items(self._served_items()).float().cpu().numpy()
+        items = self.relevance.items(self._served_items())
+        match = self.matching
+        if match is not None:
+            warm = F.pad(self.warm, (0, self.n_items - len(self.warm)))  # items added later are cold
+            items = match.items(items, warm, self._served_texts(match))
+        return items.float().cpu().numpy()
 
     @torch.inference_mode()
     def encode(self, histories: Sequence[History], batch: int = 256) -> NDArray[np.float32]:
         """E_u as R compares it: the interest of each history (oldest event first, none of them empty).
 
-        (n, dim) float32; (n, K, dim) for K interests.
+        (n, width) float32; (n, K, width) for K interests.
         """
         self._serve()
         several = (self.config.interests,) if self.config.interests > 1 else ()
-        out = np.zeros((len(histories), *several, self.config.dim), dtype=np.float32)
+        match = self.matching
+        out = np.zeros((len(histories), *several, self.width), dtype=np.float32)
         if not len(histories):
             return out
         items = self._served_items()
@@ -193,12 +223,15 @@ class InterestEncoder(nn.Module):
             rows = order[start : start + batch]
             read = self.batch([recent[i] for i in rows])
             states = self(read, items)[torch.arange(len(rows)), read.length - 1]
-            out[rows] = self.relevance.users(states).float().cpu().numpy()
+            users = self.relevance.users(states)
+            if match is not None:
+                users = match.users(users, match.newest([recent[i].item for i in rows], self._served_texts(match)))
+            out[rows] = users.float().cpu().numpy()
         return out
 
     @torch.inference_mode()
     def scores(self, interest: NDArray[np.float32], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """R of every pair, (n, m): interests (n, dim) or (n, K, dim) from ``encode``, rows of ``item_matrix``."""
+        """R of every pair, (n, m): interests (n, width) or (n, K, width) from ``encode``, rows of ``item_matrix``."""
         self._serve()
         return self.relevance.pairs(torch.from_numpy(interest), torch.from_numpy(vectors)).numpy()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from penchant import metrics
 from penchant.data.history import Targets
@@ -14,6 +16,7 @@ from penchant.interest.behaviour import Behaviour, History
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
 from penchant.interest.inputs import Columns, Reading
+from penchant.interest.match import Chosen, Trials
 from penchant.interest.search import index_of, search
 from penchant.interest.train import EpochDone, Inputs, train_encoder
 from penchant.interest.words import Words
@@ -21,6 +24,8 @@ from penchant.interest.words import Words
 Items = NDArray[np.int32]
 # Validation users the encoder's early stopping looks at; more would only cost time.
 _STOPPING_USERS = 5_000
+# Scores held at once while the text match is chosen: 4M float32 are 16 MB.
+_HELD = 4_000_000
 
 
 def fit_encoder(
@@ -40,9 +45,50 @@ def fit_encoder(
     histories = reading.before(stopping.position)
     judge = judge_of(config, histories, stopping, reading)
     sequences = training_behaviours(split, reading)
-    return train_encoder(
+    encoder, told = train_encoder(
         sequences, log.n_items, text, config, judge, inputs=inputs_of(columns, words), on_epoch=on_epoch
     )
+    fit_match(encoder, histories, stopping.item)
+    return encoder, told
+
+
+@torch.inference_mode()
+def fit_match(
+    encoder: InterestEncoder,
+    histories: Sequence[History],
+    target: NDArray[np.integer],
+    *,
+    seen: Sequence[NDArray[np.integer]] | None = None,
+) -> Chosen | None:
+    """Choose on validation how much the text match of a trained encoder counts; None where it has none.
+
+    ``seen`` are the items that may not come, by default each history's own; targets without a history count 0.
+    """
+    match, text = encoder.match, encoder.text
+    rows = [i for i in range(len(histories)) if len(histories[i])]
+    if match is None or text is None or not rows:
+        return None
+    match.weight.zero_()
+    encoder.eval()
+    items, warm = torch.from_numpy(encoder.item_matrix()), encoder.warm.cpu()
+    match.learn(text, items[warm].to(text))
+    texts = match.texts(text)
+    trials = Trials(~warm.numpy())
+    block = max(1, _HELD // len(items))
+    for start in range(0, len(rows), block):
+        part = rows[start : start + block]
+        known = [Behaviour.of(histories[i]) for i in part]
+        scaled, mean = match.standardised(torch.from_numpy(encoder.encode(known)).to(text))
+        fit = encoder.relevance.pairs(torch.cat([scaled, -mean], dim=-1), F.pad(items.to(text), (0, 1), value=1.0))
+        own = fit.cpu().numpy()
+        for row, (i, history) in enumerate(zip(part, known, strict=True)):
+            own[row, history.item if seen is None else seen[i]] = -np.inf
+        likeness = match.newest([history.item for history in known], texts) @ texts.T
+        trials.add(own, likeness.cpu().numpy(), target[part])
+    chosen = trials.best(len(histories), encoder.config.cold_price)
+    match.weight.fill_(chosen.weight)
+    match.shift.fill_(chosen.shift)
+    return chosen
 
 
 def training_behaviours(split: Split, reading: Reading) -> list[Behaviour]:

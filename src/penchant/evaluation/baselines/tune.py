@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from penchant import metrics
@@ -16,7 +17,7 @@ from penchant.data.history import Targets
 from penchant.data.split import Split
 from penchant.errors import ConfigError
 from penchant.evaluation.ranking import Seen, rank_targets
-from penchant.evaluation.systems import System
+from penchant.evaluation.systems import Queries, System
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -121,6 +122,13 @@ class Validation:
     def sample(self, n: int, seed: int) -> Validation:
         """The same on fewer targets, for a system that is dear to ask."""
         return Validation(self.targets.sample(n, seed), self.seen, self.seen_last)
+
+    def masked(self) -> list[NDArray[np.int32]]:
+        """The items that may not come, of each target."""
+        history = Queries.of(self.targets).history
+        if self.seen == "keep":
+            return [items[:0] for items in history]
+        return history if self.seen_last is None else [h[max(0, len(h) - self.seen_last) :] for h in history]
 
     def ndcg(self, system: System) -> float:
         """Mean NDCG@10 of the whole catalogue's ranking."""
