@@ -206,7 +206,10 @@ class Comparison(Prepared):
 
     def _encoders(self, text: bool, ids: bool) -> list[EncoderConfig]:
         """What an encoder is tuned over, SASRec too: the task's learning rate and dropout first."""
-        own = self.task.fit.encoder.model_copy(update={"use_text": text, "use_ids": ids})
+        changes: dict[str, Any] = {"use_text": text, "use_ids": ids}
+        if not text:
+            changes |= {"match": 0, "cold_price": 0.0}
+        own = self.task.fit.encoder.model_copy(update=changes)
         return grid(own, dropout=(0.5, 0.3), learning_rate=(5e-3, 2e-3))
 
     def _sasrec(self) -> list[EncoderConfig]:
