@@ -80,9 +80,11 @@ def test_the_run_records_its_data_split_model_and_settings(ready: Any) -> None:
 
 
 def test_fit_takes_settings_from_yaml_and_options_go_over_them(penchant: Call, ready: Any, tmp_path: Path) -> None:
-    (tmp_path / "fit.yaml").write_text("max_history: 4\ncandidates: 3\nencoder:\n  dim: 16\n  epochs: 9\n")
+    asked = "max_history: 4\ncandidates: 3\nencoder:\n  dim: 16\n  epochs: 9\n  match: 8\n"
+    (tmp_path / "fit.yaml").write_text(asked)
     ended = penchant(*ready.fit, "--config", tmp_path / "fit.yaml", "--out", tmp_path / "run")
     assert ended.code == 0, ended.err
+    assert re.search(r"^text match: weight [\d.]+, of cold items [\d.]+ in the place of R$", ended.out, re.MULTILINE)
     config = json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]
     assert (config["max_history"], config["encoder"]["dim"]) == (4, 16), "from the file"
     assert (config["candidates"], config["encoder"]["epochs"]) == (8, 3), "the options go over it"

@@ -57,6 +57,7 @@ def comparison(data: Path, systems: list[str], made: Task | None = None, **more:
 
 def test_the_encoder_is_the_task_s_and_sasrec_stays_sasrec(data: Path) -> None:
     settings = task().fit.encoder.model_dump() | {"inputs": ("gap",), "interests": 2, "loss": "sampled", "negatives": 8}
+    settings |= {"match": 6, "cold_price": 0.2}
     fit = {
         "encoder": settings,
         "candidates": 5,
@@ -73,6 +74,7 @@ def test_the_encoder_is_the_task_s_and_sasrec_stays_sasrec(data: Path) -> None:
     chosen = {name: made.finished(name, 0).record["fit"]["chosen"]["config"] for name in ("sasrec", BOTH)}  # type: ignore[union-attr]
     assert (chosen[BOTH]["inputs"], chosen[BOTH]["interests"], chosen[BOTH]["loss"]) == (["gap"], 2, "sampled")
     assert (chosen["sasrec"]["inputs"], chosen["sasrec"]["interests"], chosen["sasrec"]["loss"]) == ([], 1, "auto")
+    assert (chosen[BOTH]["match"], chosen["sasrec"]["match"], chosen["sasrec"]["cold_price"]) == (6, 0, 0.0)
     assert chosen["sasrec"]["dim"] == 16  # of the task's it has the sizes
     # The inputs count: the same weights without them rank otherwise.
     encoder = InterestEncoder.load(
