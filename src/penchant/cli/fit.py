@@ -108,7 +108,9 @@ def fit_command(
         f"validation {stopping_metric(chosen.encoder)} {last['valid']:.4f}"
     )
     if (match := fitted.encoder.match) is not None:
-        typer.echo(f"text match: weight {float(match.weight):g}, of cold items {float(match.shift):g} in the place of R")
+        typer.echo(
+            f"text match: weight {float(match.weight):g}, of cold items {float(match.shift):g} in the place of R"
+        )
     recall = fitted.index_recall()
     if recall is not None:
         typer.echo(f"index: hnsw, recall@100 of exact search {recall:.3f} on validation histories")
