@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,16 @@ def test_a_dry_run_counts_the_pieces_once_and_leaves_the_model_as_it_was(run_fol
     assert np.isnan(model.ranker.prior).all()
     without = dry_run(model, users, shard_rows=5, method="generate")
     assert found["tokens"] > sum(map(len, model.ranker.tokens(range(16)))) > 0 == without["tokens"]
+
+
+def test_a_part_that_waits_for_another_s_set_up_can_be_stopped(run_folder: Path, users: Path, tmp_path: Path) -> None:
+    out, stop = tmp_path / "recs", threading.Event()
+    model, engine = opened(run_folder)
+    out.mkdir()
+    with (out / "lock.setup").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        threading.Timer(0.3, stop.set).start()
+        ended = run(model, out, users, part="1/2", stop=stop, **HOW)
+    assert (ended["state"], ended["shards_done"], ended["shards_left"]) == ("stopped", 0, 3)
+    assert engine.alone == []
+    assert run(model, out, users, part="1/2", **HOW)["state"] == "part"

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,14 @@ def part_of(text: str | None) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+class StoppedWaiting(Exception):
+    """A stop came while another part of the array job was at its set-up."""
+
+
+def _never() -> bool:
+    return False
+
+
 class JobFolder:
     """The folder of ``--out``."""
 
@@ -50,8 +59,9 @@ class JobFolder:
     # -- locks ---------------------------------------------------------------------------------
 
     @contextmanager
-    def locked(self, part: tuple[int, int]) -> Iterator[None]:
-        """Keep every other process off this folder, or off this part of it. StorageError where one is at work.
+    def locked(self, part: tuple[int, int], stopped: Callable[[], bool] = _never) -> Iterator[None]:
+        """Keep every other process off this folder, or off this part of it. StorageError where one is at work;
+        StoppedWaiting as of ``setting_up``.
 
         The locks are the kernel's and go with the process, so none is left behind by a crash.
         """
@@ -62,7 +72,7 @@ class JobFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 held.enter_context(_flock(self.path / "lock", shared=not whole))
             if not whole:
-                with self.setting_up():  # two array jobs of other numbers of parts must not pass each other here
+                with self.setting_up(stopped):  # two array jobs of other numbers of parts must not pass each other here
                     for other in self.path.glob("lock.*-of-*"):
                         found = _PART.fullmatch(other.name)
                         if found and int(found[2]) != parts:
@@ -72,11 +82,14 @@ class JobFolder:
             yield
 
     @contextmanager
-    def setting_up(self) -> Iterator[None]:
-        """Only one part of an array job at a time makes, checks or publishes a run; the others wait."""
+    def setting_up(self, stopped: Callable[[], bool] = _never) -> Iterator[None]:
+        """Only one part of an array job at a time makes, checks or publishes a run; the others wait.
+
+        StoppedWaiting once ``stopped`` says so: another part's set-up may take hours.
+        """
         with ExitStack() as held:
             with _making(self.path):
-                held.enter_context(_flock(self.path / "lock.setup", wait=True))
+                held.enter_context(_flock(self.path / "lock.setup", wait=stopped))
             yield
 
     # -- runs ----------------------------------------------------------------------------------
@@ -168,15 +181,18 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def _flock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[IO[str]]:
+def _flock(path: Path, *, shared: bool = False, wait: Callable[[], bool] | None = None) -> Iterator[IO[str]]:
+    """The lock, waited for where ``wait`` is given, until that says to stop."""
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with path.open("a", encoding="utf-8") as handle:
-        for left in range(_TRIES, -1, -1):
+        for tries in count():
             try:
-                fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
-                if left:
+                if wait is not None and wait():
+                    raise StoppedWaiting from error
+                if wait is not None or tries < _TRIES:
                     time.sleep(0.05)  # --status holds a lock for a moment, to see whether it is free
                     continue
                 raise StorageError(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from penchant.batch.asked import COLUMNS, Asked, asked
 from penchant.batch.duplicates import repeated_rows
-from penchant.batch.folder import SUMMARY, JobFolder, part_of
+from penchant.batch.folder import SUMMARY, JobFolder, StoppedWaiting, part_of
 from penchant.batch.identity import Identity, identity_of, with_input
 from penchant.batch.local import run_local
 from penchant.batch.options import BatchOptions
@@ -81,45 +81,50 @@ def run(
         if runner == "ray" and job.path is None:
             raise ConfigError("the ray runner opens the run itself", where="model", remedy="give the run's folder")
         folder = JobFolder(Path(out))
-        with folder.locked(own):
-            with folder.setting_up():
-                identity = with_input(identity_of(job.model, job.options), job.source)
-                place = folder.find(identity) or _make(folder, job, identity, runner, stopping.is_set, tell)
-                if place is None:
-                    return _not_begun(folder, job)
-                shutil.rmtree(folder.path / SETUP, ignore_errors=True)
-            path, manifest = place
-            shards = Shards(path, job.source.rows, job.options.rows)
-            shards.make()
-            mine = shards.of_part(*own)
-            shards.sweep(mine)
-            kept = [found for shard in mine if (found := shards.whole(shard)) is not None]
-            todo = sorted(set(mine).difference(record["shard"] for record in kept))
-            size = sum(len(shards.range(shard)) for shard in mine)
-            progress = Progress(path, own, len(mine), size, kept)
+        try:
+            with folder.locked(own, stopping.is_set):
+                with folder.setting_up(stopping.is_set):
+                    identity = with_input(identity_of(job.model, job.options), job.source)
+                    place = folder.find(identity) or _make(folder, job, identity, runner, stopping.is_set, tell)
+                    if place is None:
+                        return _not_begun(folder, job)
+                    shutil.rmtree(folder.path / SETUP, ignore_errors=True)
+                path, manifest = place
+                shards = Shards(path, job.source.rows, job.options.rows)
+                shards.make()
+                mine = shards.of_part(*own)
+                shards.sweep(mine)
+                kept = [found for shard in mine if (found := shards.whole(shard)) is not None]
+                todo = sorted(set(mine).difference(record["shard"] for record in kept))
+                size = sum(len(shards.range(shard)) for shard in mine)
+                progress = Progress(path, own, len(mine), size, kept)
 
-            def done(record: Record) -> None:
-                progress.shard(record)
-                if tell is not None:
-                    tell(progress.numbers())
-                _check_share([*kept, *progress.new], job.source.rows, max_bad_share, path)
+                def done(record: Record) -> None:
+                    progress.shard(record)
+                    if tell is not None:
+                        tell(progress.numbers())
+                    _check_share([*kept, *progress.new], job.source.rows, max_bad_share, path)
 
-            _check_share(kept, job.source.rows, max_bad_share, path)
-            if todo and runner == "ray":
-                run_ray(job, path, shards, todo, workers=workers, gpus=worker_gpus, done=done, stopped=stopping.is_set)
-                shards.sweep(todo)  # a worker that died left its temporary files; none is alive any more
-            elif todo and not stopping.is_set():
-                worker = Worker.of_run(path, manifest, job.model, job.options)
-                run_local(
-                    worker,
-                    job.source,
-                    shards,
-                    todo,
-                    batch=progress.batch,
-                    done=done,
-                    stopped=stopping.is_set,
-                )
-            return _finish(folder, job, shards, own, [*kept, *progress.new], progress, max_bad_share)
+                _check_share(kept, job.source.rows, max_bad_share, path)
+                if todo and runner == "ray":
+                    run_ray(
+                        job, path, shards, todo, workers=workers, gpus=worker_gpus, done=done, stopped=stopping.is_set
+                    )
+                    shards.sweep(todo)  # a worker that died left its temporary files; none is alive any more
+                elif todo and not stopping.is_set():
+                    worker = Worker.of_run(path, manifest, job.model, job.options)
+                    run_local(
+                        worker,
+                        job.source,
+                        shards,
+                        todo,
+                        batch=progress.batch,
+                        done=done,
+                        stopped=stopping.is_set,
+                    )
+                return _finish(folder, job, shards, own, [*kept, *progress.new], progress, max_bad_share)
+        except StoppedWaiting:  # for another part's set-up
+            return _not_begun(folder, job)
 
 
 def _make(
