@@ -19,7 +19,7 @@ import typer
 from penchant.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = ("ml-100k", "ml-latest-small-5core", "ml-latest-small", "games", "games-20", "beauty")
+TASKS = ("ml-100k", "ml-latest-small-5core", "ml-latest-small", "games", "games-6k", "games-20", "beauty")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 _STAGE = ("llm", "encoder: ids + text", "the candidates in random order")
 # Notes of a report without which no table is to be read.
