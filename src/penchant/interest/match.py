@@ -28,8 +28,8 @@ _NEWEST, _DECAY = 10, 0.85
 # Directions of less than this share of the mean variance are noise: whitening would blow them up.
 _LEAST = 1e-3
 # What is tried on validation, in standard deviations of the other score.
-WEIGHTS = (0.1, 0.2, 0.3, 0.5, 1.0)
-SHIFTS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
+WEIGHTS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0)
+SHIFTS = (0.0, 0.5, 1.0, 1.5, 1.75, 2.0, 2.25, 2.5)
 
 
 class TextMatch(nn.Module):
