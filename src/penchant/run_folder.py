@@ -53,9 +53,11 @@ class FitConfig(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the sample of validation users")
 
     @model_validator(mode="after")
-    def _enough_letters(self) -> FitConfig:
+    def _fits(self) -> FitConfig:
         if self.question == "choose":
             letters(self.candidates)
+        if self.encoder.match and self.scale == "whiten":
+            raise ValueError("encoder.match whitens by itself what varies most: give scale standardise")
         return self
 
 

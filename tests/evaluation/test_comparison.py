@@ -17,11 +17,12 @@ from penchant.evaluation import comparison as module
 from penchant.evaluation import prepared
 from penchant.evaluation.baselines.sasrec import SASRec
 from penchant.evaluation.comparison import BOTH, Comparison, spread
-from penchant.evaluation.ranking import Ranked
+from penchant.evaluation.ranking import Ranked, rank_targets
 from penchant.evaluation.store import Finished, Store, key_of
 from penchant.evaluation.tasks import Task
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
+from penchant.interest.match import Chosen, Trials
 from penchant.interest.vectors import Scaling
 
 SMALL = ["popularity", "item_knn", "sasrec"]
@@ -57,7 +58,6 @@ def comparison(data: Path, systems: list[str], made: Task | None = None, **more:
 
 def test_the_encoder_is_the_task_s_and_sasrec_stays_sasrec(data: Path) -> None:
     settings = task().fit.encoder.model_dump() | {"inputs": ("gap",), "interests": 2, "loss": "sampled", "negatives": 8}
-    settings |= {"match": 6, "cold_price": 0.2}
     fit = {
         "encoder": settings,
         "candidates": 5,
@@ -74,7 +74,6 @@ def test_the_encoder_is_the_task_s_and_sasrec_stays_sasrec(data: Path) -> None:
     chosen = {name: made.finished(name, 0).record["fit"]["chosen"]["config"] for name in ("sasrec", BOTH)}  # type: ignore[union-attr]
     assert (chosen[BOTH]["inputs"], chosen[BOTH]["interests"], chosen[BOTH]["loss"]) == (["gap"], 2, "sampled")
     assert (chosen["sasrec"]["inputs"], chosen["sasrec"]["interests"], chosen["sasrec"]["loss"]) == ([], 1, "auto")
-    assert (chosen[BOTH]["match"], chosen["sasrec"]["match"], chosen["sasrec"]["cold_price"]) == (6, 0, 0.0)
     assert chosen["sasrec"]["dim"] == 16  # of the task's it has the sizes
     # The inputs count: the same weights without them rank otherwise.
     encoder = InterestEncoder.load(
@@ -82,6 +81,25 @@ def test_the_encoder_is_the_task_s_and_sasrec_stays_sasrec(data: Path) -> None:
     )
     history = made.events[1].before([int(made.split.test.position[0])])
     assert not np.allclose(encoder.encode(history), encoder.encode([history[0].item]))
+
+
+def test_the_text_match_is_ours_alone_and_is_kept_with_the_weights(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Chosen(0.5, 1.0, 1.0, None)
+    monkeypatch.setattr(Trials, "best", lambda self, n, price: told)
+    fit = {"encoder": task().fit.encoder.model_dump() | {"match": 6, "cold_price": 0.2}, "candidates": 5}
+    made = comparison(data, ["sasrec", "encoder: text", BOTH, "full"], task(fit=fit | {"validation_users": 5}))
+    rows = made.run()["runs"][0]["rows"]
+    assert any("llm+interest" in row["system"] for row in rows)
+    chosen = {name: made.finished(name, 0).record["fit"]["chosen"]["config"] for name in ("sasrec", BOTH)}  # type: ignore[union-attr]
+    assert (chosen[BOTH]["match"], chosen["sasrec"]["match"], chosen["sasrec"]["cold_price"]) == (6, 0, 0.0)
+    config = EncoderConfig.model_validate(chosen[BOTH])
+    encoder = InterestEncoder.load(made.store.weights(BOTH, 0), config, 16, made.vectors)
+    assert encoder.width == 16 + 2 + 6
+    # The ranks are those of both scores.
+    ranked = rank_targets(
+        SASRec(encoder, encoder.item_matrix(), made.split.train_counts.astype(np.float32)), made.asked.targets, k=10
+    )
+    assert ranked.rank.tolist() == made.finished(BOTH, 0).ranked.rank.tolist()  # type: ignore[union-attr]
 
 
 def test_a_task_that_learns_values_is_refused(data: Path) -> None:

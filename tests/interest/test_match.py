@@ -19,8 +19,8 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
-from penchant.interest.fit import fit_match
-from penchant.interest.match import SHIFTS, WEIGHTS, Trials
+from penchant.interest.fit import encoder_ndcg, fit_match, match_trials
+from penchant.interest.match import SHIFTS, WEIGHTS, TextMatch, Trials
 from penchant.interest.train import train_encoder
 from penchant.interest.vectors import standardise
 from penchant.recommend import Recommender
@@ -93,10 +93,11 @@ def test_what_is_chosen_by_plain_loops(seed: int, price: float) -> None:
     own[rng.random((n, n_items)) < 0.1] = -np.inf
     match[np.arange(n), target] += 1  # so that it is worth something
     trials = Trials(cold)
-    trials.add(own[:5], match[:5], target[:5])
-    trials.add(own[5:], match[5:], target[5:])
+    trials.add(own[:5], own[:5], match[:5], target[:5])
+    trials.add(own[5:], own[5:], match[5:], target[5:])
     found = {}
-    for weight, shift in [(0.0, 0.0), *((w, s) for w in WEIGHTS for s in SHIFTS)]:
+    shifts = SHIFTS if cold.any() else (1.5,)
+    for weight, shift in [(0.0, 0.0), *((w, s) for w in WEIGHTS for s in shifts)]:
         gains = []
         for row in range(n):
             scores = {}
@@ -114,10 +115,82 @@ def test_what_is_chosen_by_plain_loops(seed: int, price: float) -> None:
     own_gain, own_cold = found[chosen.weight, chosen.shift]
     assert chosen.all == pytest.approx(own_gain)
     if price:
-        assert own_gain >= (1 - price) * best - 1e-12
-        assert own_cold == pytest.approx(max(c for g, c in found.values() if g >= (1 - price) * best))
+        within = [(c, g) for g, c in found.values() if g >= (1 - price) * best]
+        assert (own_cold, own_gain) == pytest.approx(max(within))
     else:
         assert own_gain == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_length": 2},
+        {"relevance": "cosine"},
+        {"interests": 3},
+        {"use_ids": False},
+        {"match": 3, "kind": "mean"},
+    ],
+)
+def test_what_a_trial_finds_is_what_is_served(changes: dict[str, object], rng: np.random.Generator) -> None:
+    encoder = matched(rng, **changes)
+    # What the match standardises by is learnt again, from the warm items alone.
+    histories = [rng.choice(N_ITEMS, size=n, replace=False).astype(np.int32) for n in (1, 3, 11, 2, 0, 5) * 8]
+    target = np.array([rng.choice(np.setdiff1d(np.arange(N_ITEMS), history)) for history in histories])
+    trials = match_trials(encoder, histories, target)
+    assert trials is not None
+    assert encoder.match is not None
+    found = trials.found(len(histories))
+    assert len(found) == 1 + len(WEIGHTS) * len(SHIFTS)
+    for one in found:
+        encoder.match.weight.fill_(one.weight)
+        encoder.match.shift.fill_(one.shift)
+        encoder.eval()
+        assert one.all == pytest.approx(encoder_ndcg(encoder, histories, target), abs=1e-6)
+    encoder.match.weight.fill_(0.3)
+    fused = encoder.scores(encoder.encode(histories[2:3]), encoder.item_matrix())[0]
+    shift = float(encoder.match.shift)
+    np.testing.assert_allclose(fused, by_hand(encoder, histories[2].tolist(), 0.3, shift), atol=2e-4)
+    # What is chosen is served, and what the configuration pays for cold items is paid.
+    for price in (0.0, 0.9):
+        encoder.config = encoder.config.model_copy(update={"cold_price": price})
+        chosen = fit_match(encoder, histories, target)
+        assert chosen == trials.best(len(histories), price)
+        assert chosen.all == pytest.approx(encoder_ndcg(encoder.eval(), histories, target), abs=1e-6)
+    # Another choice of what may come is another task.
+    nothing = [history[:0] for history in histories]
+    free = match_trials(encoder, histories, target, nothing)
+    assert free is not None
+    assert free.found(len(histories)) != found
+
+
+def test_a_price_is_paid_for_cold_items_only(rng: np.random.Generator) -> None:
+    match = rng.standard_normal((40, 12)).astype(np.float32)
+    target = rng.integers(12, size=40)
+    match[np.arange(40), target] += 2
+    own = rng.standard_normal((40, 12)).astype(np.float32)
+    cold = np.zeros(12, dtype=bool)
+    for nobody_asks in (cold, np.arange(12) == 12 - 1):
+        kept = target != 11
+        trials = Trials(nobody_asks)
+        trials.add(own[kept], own[kept], match[kept], target[kept])
+        assert trials.best(40, 0.3) == trials.best(40, 0.0)
+    assert trials.best(40, 0.0).weight > 0
+    warm = Trials(cold)
+    warm.add(own, own, match, target)
+    assert warm.best(40, 0.0).shift == 1.5, "items added later are not buried"
+
+
+def test_an_item_added_later_is_like_what_it_copies(rng: np.random.Generator) -> None:
+    """Directions that the fitted items do not vary in decide nothing."""
+    text = torch.from_numpy(standardise(rng.standard_normal((40, 60)).astype(np.float32)))
+    match = TextMatch(60, 4, 60)
+    match.learn(text, torch.from_numpy(rng.standard_normal((40, 4)).astype(np.float32)))
+    copy = text + 0.1 * torch.from_numpy(rng.standard_normal((40, 60)).astype(np.float32))
+    assert (match.texts(text) * match.texts(copy)).sum(-1).min() > 0.95
+    match.learn(text, torch.zeros(1, 4))  # one warm item: nothing to be standardised by
+    scaled, _ = match.standardised(torch.ones(1, 4))
+    assert scaled.abs().max() == 1
 
 
 def planted(rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -188,6 +261,7 @@ def test_it_is_saved_served_and_lives_with_the_run(fitted: Recommender, index: s
     # What it knows of the newest items it knows of new ones too, at once and after loading again.
     same = model.items.row(2, named=True)
     model.add_items([{**same, "item_id": "again", "title": same["title"] + "!"}])
+    assert model.index.vectors[-1, :18].tolist() == [0.0] * 17 + [1.0], "cold: no R, and the shift in its place"
     history = [model.items["item_id"][2]]
     found = model.recommend(history=history, k=3, method="retrieve", unique_titles=False)
     assert "again" in found["item_id"].to_list(), "as like the newest item as can be"
@@ -200,6 +274,7 @@ def test_it_is_saved_served_and_lives_with_the_run(fitted: Recommender, index: s
     vectors, named = model.interests("u0", n=3)
     assert vectors.shape == (1, width)
     assert len(named) == 3
+    assert (model.index_recall(n=5, k=3) is None) == (index == "exact")
     pl.DataFrame({"user_id": users}).write_parquet(tmp_path / "users.parquet")
     run(model, tmp_path / "vectors", tmp_path / "users.parquet", job="embed-users")
     made = pl.read_parquet(tmp_path / "vectors" / "latest" / "parts" / "*.parquet")
@@ -216,5 +291,7 @@ def test_it_is_saved_served_and_lives_with_the_run(fitted: Recommender, index: s
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ValidationError, match="whitens by itself"):
+        FitConfig(encoder=CONFIG, scale="whiten")
     with pytest.raises(ValidationError, match=says):
         EncoderConfig.model_validate({"match": 8} | changes)

@@ -108,9 +108,9 @@ def fit_command(
         f"validation {stopping_metric(chosen.encoder)} {last['valid']:.4f}"
     )
     if (match := fitted.encoder.match) is not None:
-        typer.echo(
-            f"text match: weight {float(match.weight):g}, of cold items {float(match.shift):g} in the place of R"
-        )
+        weight, shift = float(match.weight), float(match.shift)
+        told = f"weight {weight:g}, and {shift:g} in the place of cold items' R" if weight else "validation wants none"
+        typer.echo(f"text match: {told}")
     recall = fitted.index_recall()
     if recall is not None:
         typer.echo(f"index: hnsw, recall@100 of exact search {recall:.3f} on validation histories")

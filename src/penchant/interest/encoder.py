@@ -217,7 +217,8 @@ class InterestEncoder(nn.Module):
         if not len(histories):
             return out
         items = self._served_items()
-        recent = [Behaviour.of(h)[-self.config.max_length :] for h in histories]
+        whole = [Behaviour.of(history) for history in histories]
+        recent = [history[-self.config.max_length :] for history in whole]
         order = sorted(range(len(recent)), key=lambda i: len(recent[i]))
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
@@ -225,7 +226,7 @@ class InterestEncoder(nn.Module):
             states = self(read, items)[torch.arange(len(rows)), read.length - 1]
             users = self.relevance.users(states)
             if match is not None:
-                users = match.users(users, match.newest([recent[i].item for i in rows], self._served_texts(match)))
+                users = match.users(users, match.newest([whole[i].item for i in rows], self._served_texts(match)))
             out[rows] = users.float().cpu().numpy()
         return out
 

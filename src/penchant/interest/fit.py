@@ -52,7 +52,6 @@ def fit_encoder(
     return encoder, told
 
 
-@torch.inference_mode()
 def fit_match(
     encoder: InterestEncoder,
     histories: Sequence[History],
@@ -64,6 +63,23 @@ def fit_match(
 
     ``seen`` are the items that may not come, by default each history's own; targets without a history count 0.
     """
+    trials = match_trials(encoder, histories, target, seen)
+    if trials is None or encoder.match is None:
+        return None
+    chosen = trials.best(len(histories), encoder.config.cold_price)
+    encoder.match.weight.fill_(chosen.weight)
+    encoder.match.shift.fill_(chosen.shift)
+    return chosen
+
+
+@torch.inference_mode()
+def match_trials(
+    encoder: InterestEncoder,
+    histories: Sequence[History],
+    target: NDArray[np.integer],
+    seen: Sequence[NDArray[np.integer]] | None = None,
+) -> Trials | None:
+    """Let the match learn what it standardises by, and try every weight and shift; None where there is none to try."""
     match, text = encoder.match, encoder.text
     rows = [i for i in range(len(histories)) if len(histories[i])]
     if match is None or text is None or not rows:
@@ -78,17 +94,15 @@ def fit_match(
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
         known = [Behaviour.of(histories[i]) for i in part]
-        scaled, mean = match.standardised(torch.from_numpy(encoder.encode(known)).to(text))
-        fit = encoder.relevance.pairs(torch.cat([scaled, -mean], dim=-1), F.pad(items.to(text), (0, 1), value=1.0))
-        own = fit.cpu().numpy()
+        interest = encoder.encode(known)
+        scaled, mean = match.standardised(torch.from_numpy(interest).to(text))
+        own = encoder.relevance.pairs(torch.cat([scaled, -mean], dim=-1), F.pad(items.to(text), (0, 1), value=1.0))
+        plain = encoder.scores(interest, items.numpy())
         for row, (i, history) in enumerate(zip(part, known, strict=True)):
-            own[row, history.item if seen is None else seen[i]] = -np.inf
+            plain[row, history.item if seen is None else seen[i]] = -np.inf
         likeness = match.newest([history.item for history in known], texts) @ texts.T
-        trials.add(own, likeness.cpu().numpy(), target[part])
-    chosen = trials.best(len(histories), encoder.config.cold_price)
-    match.weight.fill_(chosen.weight)
-    match.shift.fill_(chosen.shift)
-    return chosen
+        trials.add(plain, own.cpu().numpy(), likeness.cpu().numpy(), target[part])
+    return trials
 
 
 def training_behaviours(split: Split, reading: Reading) -> list[Behaviour]:

@@ -30,6 +30,9 @@ _LEAST = 1e-3
 # What is tried on validation, in standard deviations of the other score.
 WEIGHTS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0)
 SHIFTS = (0.0, 0.5, 1.0, 1.5, 1.75, 2.0, 2.25, 2.5)
+# Where no item is cold validation says nothing of the shift, and items that are added later stand half the way up: the
+# best of warm items have 3 or so.
+_UNTOLD = 1.5
 
 
 class TextMatch(nn.Module):
@@ -62,8 +65,9 @@ class TextMatch(nn.Module):
         """What is standardised by: all items' ``text`` (n, d_text), and the warm items' vectors (m, dim)."""
         variance, axes = torch.linalg.eigh((text.T @ text).double() / len(text))
         best = variance.argsort(descending=True)[: self.map.shape[1]]
-        floor = _LEAST * variance.mean().clamp(min=1e-12)
-        self.map.copy_(axes[:, best] / variance[best].clamp(min=float(floor)).sqrt())
+        # What these items do not vary in must not decide what is like an item added later.
+        told = variance[best] > _LEAST * variance.mean()
+        self.map.copy_(axes[:, best] * torch.where(told, variance[best].clamp(min=1e-12).rsqrt(), 0.0))
         unit = self.texts(text)
         self.likeness.copy_(unit.T @ unit / len(unit))
         self.centre.copy_(items.mean(dim=0))
@@ -83,11 +87,11 @@ class TextMatch(nn.Module):
             item[row, :n] = history[len(history) - n :]
             weight[row, :n] = _DECAY ** np.arange(n)[::-1]
         found = torch.einsum("nl,nld->nd", torch.from_numpy(weight).to(texts), texts[torch.from_numpy(item)])
-        return found / ((found @ self.likeness) * found).sum(-1, keepdim=True).sqrt().clamp(min=1e-6)
+        return found / _deviation(found, self.likeness)
 
     def standardised(self, interest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Interests (..., dim) whose products with the warm items have deviation 1, and what their mean then is."""
-        scale = ((interest @ self.spread) * interest).sum(-1, keepdim=True).sqrt().clamp(min=1e-6)
+        scale = _deviation(interest, self.spread)
         return interest / scale, (interest @ self.centre)[..., None] / scale
 
     def users(self, interest: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
@@ -100,6 +104,12 @@ class TextMatch(nn.Module):
         """Item vectors (n, dim), of which training knows those ``warm`` (n,), and texts (n, D) side by side."""
         known = warm[:, None].to(items)
         return torch.cat([items * known, known, self.shift * (1 - known), texts], dim=-1)
+
+
+def _deviation(vectors: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Of the products of vectors (..., d) with what has these second moments, (..., 1); 1 where there is none."""
+    found = ((vectors @ moments) * vectors).sum(-1, keepdim=True).clamp(min=0).sqrt()
+    return torch.where(found > 1e-6, found, 1.0)
 
 
 @dataclass(frozen=True)
@@ -118,33 +128,48 @@ class Trials:
     def __init__(self, cold: NDArray[np.bool_]) -> None:
         """``cold`` (n_items,): items without a training event."""
         self._cold = cold
-        self._pairs = [(0.0, 0.0), *((weight, shift) for weight in WEIGHTS for shift in SHIFTS)]
+        shifts = SHIFTS if cold.any() else (_UNTOLD,)
+        self._pairs = [(0.0, 0.0), *((weight, shift) for weight in WEIGHTS for shift in shifts)]
         self._ranks: list[NDArray[np.int64]] = []  # (pairs, n) of each block
         self._targets: list[NDArray[np.integer]] = []
 
-    def add(self, own: NDArray[np.float32], match: NDArray[np.float32], target: NDArray[np.integer]) -> None:
-        """Standardised scores ``own`` and ``match`` (n, n_items), of own -inf where an item may not come."""
-        at, may = np.arange(len(target)), np.isfinite(own)
+    def add(
+        self,
+        plain: NDArray[np.float32],
+        own: NDArray[np.float32],
+        match: NDArray[np.float32],
+        target: NDArray[np.integer],
+    ) -> None:
+        """The encoder's scores as they are, standardised, and those of the match, (n, n_items); ``plain`` are -inf
+        where an item may not come.
+        """
+        at, may = np.arange(len(target)), np.isfinite(plain)
         ranks = np.zeros((len(self._pairs), len(target)), dtype=np.int64)
         for place, (weight, shift) in enumerate(self._pairs):
-            scores = own
+            scores = plain
             if weight:  # without it the encoder is left as it is, cold items included
-                scores = np.where(self._cold & may, np.float32(shift), own) + np.float32(weight) * match
+                scores = np.where(self._cold, np.float32(shift), own) + np.float32(weight) * match
+                scores[~may] = -np.inf
             mine = scores[at, target]
             # Ties count against us; a target that may not come is found nowhere.
             ranks[place] = np.where(may[at, target], (scores >= mine[:, None]).sum(axis=1), own.shape[1] + 10)
         self._ranks.append(ranks)
         self._targets.append(target)
 
-    def best(self, n: int, price: float) -> Chosen:
-        """The pair with the largest NDCG@10 of n targets (those never added count 0); where ``price`` is given, of the
-        pairs that fall short of it by no more than this share the one that finds most cold targets.
-        """
+    def found(self, n: int) -> list[Chosen]:
+        """What every pair finds of n targets (those never added count 0)."""
         cold = self._cold[np.concatenate(self._targets)]
         found = []
         for (weight, shift), rank in zip(self._pairs, np.concatenate(self._ranks, axis=1), strict=True):
             gain = metrics.ndcg(rank, 10)
             found.append(Chosen(weight, shift, float(gain.sum() / n), float(gain[cold].mean()) if cold.any() else None))
+        return found
+
+    def best(self, n: int, price: float) -> Chosen:
+        """The pair with the largest NDCG@10 of n targets; where ``price`` is given, of the pairs that fall short of it
+        by no more than this share the one that finds most cold targets, and of equals there the best.
+        """
+        found = self.found(n)
         best = max(found, key=lambda one: one.all)
         within = [one for one in found if one.all >= (1 - price) * best.all]
-        return max(within, key=lambda one: one.cold or 0.0) if price else best
+        return max(within, key=lambda one: (one.cold or 0.0, one.all)) if price else best
