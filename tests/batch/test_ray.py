@@ -57,17 +57,12 @@ def real(run_folder: Path, byte_engine: TransformersEngine, tmp_path_factory: py
 def test_two_workers_one_of_them_killed(real: Path, tmp_path: Path) -> None:
     """With the transformers engine in the workers."""
     job = begun(real / "run", real / "users.parquet", tmp_path / "ray", *RAY)
-    there = 0
-    records = tmp_path / "ray" / "run-0001" / "records"
-    while job.poll() is None:
-        if not there and (done := len(list(records.glob("*.json")))) >= 3:
-            there = done
-            actors(job.pid)[0].kill()
-        time.sleep(0.01)
+    there = wait_for(job, tmp_path / "ray", 3)
+    actors(job.pid)[0].kill()
     out, err = job.communicate()
     assert job.returncode == 0, err
     assert 3 <= there < SHARDS, "it was killed in mid-job"
-    assert len(list(records.glob("*.json"))) == SHARDS
+    assert len(list((tmp_path / "ray" / "run-0001" / "records").glob("*.json"))) == SHARDS
     assert json.loads(out.splitlines()[0])["state"] == "complete"
     assert out.splitlines()[-1] == str(tmp_path / "ray" / "latest")
 

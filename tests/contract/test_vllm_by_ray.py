@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 from tests import tiny
-from tests.batch.by_ray import RAY, actors, begun
+from tests.batch.by_ray import RAY, actors, begun, wait_for
 from tests.conftest import toy_frames
 
 from penchant.data.dataset import Dataset
@@ -47,13 +46,8 @@ def test_two_workers_one_of_them_killed(tmp_path: Path) -> None:
     pl.DataFrame(rows, schema=kind, orient="row").write_parquet(tmp_path / "users.parquet")
 
     job = begun(tmp_path / "run", tmp_path / "users.parquet", tmp_path / "ray", "--backend", "vllm", *RAY)
-    records = tmp_path / "ray" / "run-0001" / "records"
-    there = 0
-    while job.poll() is None:
-        if not there and (done := len(list(records.glob("*.json")))) >= 2:
-            there = done
-            actors(job.pid)[0].kill()
-        time.sleep(0.01)
+    there = wait_for(job, tmp_path / "ray", 2)
+    actors(job.pid)[0].kill()
     out, err = job.communicate()
     assert job.returncode == 0, err
     assert 2 <= there < SHARDS, "it was killed in mid-job"

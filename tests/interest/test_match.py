@@ -291,7 +291,11 @@ def test_it_is_saved_served_and_lives_with_the_run(fitted: Recommender, index: s
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, object], says: str) -> None:
-    with pytest.raises(ValidationError, match="whitens by itself"):
-        FitConfig(encoder=CONFIG, scale="whiten")
     with pytest.raises(ValidationError, match=says):
         EncoderConfig.model_validate({"match": 8} | changes)
+
+
+def test_vectors_are_not_whitened_twice() -> None:
+    """Of whitened vectors no direction has more variance than another: which are compared would be chance."""
+    with pytest.raises(ValidationError, match="whitens by itself"):
+        FitConfig(encoder=CONFIG, scale="whiten")

@@ -145,7 +145,8 @@ class Answerer:
         model, options = self._model, self._options
         out: list[Lines | None] = [None] * len(histories)
         warm = [i for i, history in enumerate(histories) if len(history)]
-        if options.method != "retrieve" or not self._rules.keeps_order or not warm:
+        plain = options.method == "retrieve" and self._rules.keeps_order and options.k <= len(model.texts)
+        if not plain or not warm:
             return out
         items, scores = model.retrieve(
             [histories[i] for i in warm],
@@ -153,8 +154,6 @@ class Answerer:
             allowed=model.served(self._allowed),
             seen=[seen[i] for i in warm],
         )
-        if items.shape[1] < options.k:
-            return out
         ranks, stages = np.arange(1, options.k + 1), [schema.STAGE_INTEREST] * options.k
         none = np.full(options.k, np.nan)
         whole = (items[:, -1] >= 0) & ~self._rules.repeats(items)

@@ -39,8 +39,7 @@ class TextMatch(nn.Module):
     """What comes beside interests (n, dim) and items (n, dim): ``extra`` dimensions, once ``weight`` is above 0.
 
     ``size`` is D, the directions of most variance of the standardised text vectors (n_items, d_text) that are
-    compared, whitened (Su et al. 2021, "Whitening Sentence Representations"). Of vectors that are whitened already no
-    direction has more variance than another: compare them all.
+    compared, whitened (Su et al. 2021, "Whitening Sentence Representations").
     """
 
     map: torch.Tensor
