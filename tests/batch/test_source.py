@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,6 +134,25 @@ def test_reading_holds_a_few_rows_of_a_row_group_however_large_it_is(tmp_path: P
             most = max(most, pa.total_allocated_bytes() - before)
         peaks.append(most)
     assert peaks[1] < peaks[0] + 2**21
+
+
+# Threads that bear the process's own name are C++'s: those of Python's, polars and jemalloc have names of their own.
+COUNT_WORKERS = """
+import sys
+from pathlib import Path
+from penchant.batch.source import ParquetSource
+source = ParquetSource(sys.argv[1], ["user_id"], ["history"])
+assert sum(len(part) for part in source.read([range(source.rows)])) == source.rows > 0
+names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+print(names.count(Path("/proc/self/comm").read_text()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_reading_starts_no_thread_that_an_exit_would_find_at_work(folder: Path) -> None:
+    command = [sys.executable, "-c", COUNT_WORKERS, str(folder)]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    assert found.stdout.strip() == "1"
 
 
 def test_repeated_rows_are_found_however_many_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ tests/contract."""
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -148,6 +150,20 @@ def test_a_mean_is_taken_of_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None
     assert (last["runner"], last["convert"], last["pooler_config"]) == (
         "pooling", "embed", {"seq_pooling_type": "LAST"},
     )  # fmt: skip
+
+
+def test_an_ended_engine_has_no_thread_left() -> None:
+    """Its threads are told to end, and may take their time: one that outlives the interpreter can abort it."""
+    told = threading.Event()
+
+    def hear() -> None:
+        told.wait()
+        time.sleep(0.3)
+
+    thread = threading.Thread(target=hear, daemon=True)
+    thread.start()
+    vllm_runner._end(SimpleNamespace(shutdown=told.set), [thread, threading.current_thread()])
+    assert not thread.is_alive()
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")

@@ -190,7 +190,9 @@ class ParquetSource:
                     rows = parquet.metadata.row_group(group).num_rows
                     if wanted(rows):
                         done = 0
-                        for batch in parquet.iter_batches(_DECODED, row_groups=[group], columns=columns):
+                        # Arrow's pool stays empty: a thread of it can abort the process at exit (Arrow issue 34314).
+                        batches = parquet.iter_batches(_DECODED, [group], columns, use_threads=False)
+                        for batch in batches:
                             yield file, start + done, batch
                             done += batch.num_rows
                     start += rows

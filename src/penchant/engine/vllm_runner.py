@@ -13,7 +13,9 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +35,9 @@ _CPU_KV_GIB = 2.0
 _CPU_BLOCK = 32
 # Ranks that vLLM allocates room for.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+# Seconds for a thread to end: one of them looks once a second whether it shall.
+_PATIENCE = 5.0
 
 # What was raised: a traceback's last line, whatever its name and message, or a line that begins as one.
 _RAISED = re.compile(
@@ -79,11 +84,15 @@ class Runner:
         self._counts = counts
         self._log = _log_size()
         self._llm: Any = None
+        before = set(threading.enumerate())
         try:
             with _quiet():
                 self._llm = vllm.LLM(**_arguments(folder, dtype, options, pooling))
         except Exception as error:  # of any type: pydantic's, torch's, or a child process's
             raise self._failed("did not start", error) from error
+        # At exit too, and before what vLLM itself does then: finalizers run newest first.
+        heard = [thread for thread in threading.enumerate() if thread.daemon and thread not in before]
+        self._end = weakref.finalize(self, _end, self._llm.llm_engine.engine_core, heard)
         self.max_model_len = int(self._llm.model_config.max_model_len)
 
     @property
@@ -93,8 +102,8 @@ class Runner:
     def close(self) -> None:
         """End the engine's processes and free their memory."""
         if self._llm is not None:
-            llm, self._llm = self._llm, None
-            llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            self._end()
 
     def ask(self, asks: Sequence[Ask], lora: Lora | None = None) -> list[Answer]:
         """Answer all requests, in their order."""
@@ -179,6 +188,18 @@ class Runner:
         return ModelError(
             f"{'out of memory: ' if memory else ''}the engine {what}: {cause}", where=where, remedy=remedy
         )
+
+
+def _end(core: Any, threads: Sequence[threading.Thread]) -> None:
+    """End the engine's processes, and wait for the threads of this process that were their ears.
+
+    vLLM only tells them to end. A thread that asks for the interpreter while it is torn down is ended there and then,
+    which may abort the process with all its work done.
+    """
+    core.shutdown()
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(_PATIENCE)
 
 
 def lora_room(rank: int) -> int:
