@@ -16,7 +16,7 @@ from penchant.data.history import EventLog
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.interest.behaviour import Behaviour, History
 from penchant.interest.hnsw import HNSWIndex
-from penchant.interest.search import index_of, search
+from penchant.interest.search import index_of, score_all, search
 from penchant.interest.top import top_k
 from penchant.interest.vectors import Scaling, default_layer
 from penchant.interest.words import reading_of
@@ -163,7 +163,9 @@ class Served(Fitted):
         """
         masked = [Behaviour.of(history).item for history in histories] if seen is None else seen
         k = min(k, len(self.texts))
-        return search(self.index, self.encoder.encode(histories), k, exclude=masked, allowed=allowed)
+        interest = self.encoder.encode(histories)
+        bonus = self.encoder.bonus(histories, interest)
+        return search(self.index, interest, k, exclude=masked, allowed=allowed, bonus=bonus)
 
     def rank(
         self,
@@ -271,7 +273,7 @@ class Served(Fitted):
         """
         allowed = self.served(allowed)
         if len(history):
-            base = zscore(self.encoder.scores(self.encoder.encode([history]), self.index.vectors)[0])
+            base = zscore(score_all(self.encoder, self.index.vectors, [history])[0])
         else:
             base = zscore(np.log1p(self._popularity()))
         scores = ((1 - weight) * base + weight * near)[None]

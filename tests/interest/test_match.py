@@ -17,9 +17,10 @@ from tests.fake_engine import FakeEngine
 from penchant.batch import run
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
+from penchant.interest.beside import fit_match, match_trials
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
-from penchant.interest.fit import encoder_ndcg, fit_match, match_trials
+from penchant.interest.fit import encoder_ndcg
 from penchant.interest.match import SHIFTS, WEIGHTS, TextMatch, Trials
 from penchant.interest.train import train_encoder
 from penchant.interest.vectors import standardise

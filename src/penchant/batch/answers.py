@@ -18,6 +18,7 @@ from penchant.batch.rows import Prepared, batches
 from penchant.errors import ConfigError, DataError, NotFiniteError
 from penchant.filters import item_mask, parse_condition
 from penchant.interest.behaviour import Behaviour
+from penchant.interest.search import score_some
 from penchant.recommend import Recommender
 from penchant.rerank import Rules
 from penchant.serving import Answer, Method, Told
@@ -207,10 +208,7 @@ class Answerer:
                 groups.append([i])
         histories = [prepared.histories[places[group[0]]] for group in groups]
         items = [np.array([prepared.items[places[i]] for i in group], dtype=np.int32) for group in groups]
-        vectors = model.encoder.encode(histories)
-        interest = [
-            model.encoder.scores(vectors[g : g + 1], model.index.vectors[row])[0] for g, row in enumerate(items)
-        ]
+        interest = score_some(model.encoder, model.index.vectors, histories, items)
         llm: list[NDArray[np.float64]] | None = None
         scores = [row.astype(np.float64) for row in interest]
         if self._options.method == "rank":

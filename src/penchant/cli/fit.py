@@ -107,6 +107,8 @@ def fit_command(
         f"encoder: {len(fitted.training)} epochs, best {int(last['epoch'])}, "
         f"validation {stopping_metric(chosen.encoder)} {last['valid']:.4f}"
     )
+    if (near := fitted.encoder.neighbours) is not None:
+        typer.echo(f"neighbours: weight {float(near.weight):g}")
     if (match := fitted.encoder.match) is not None:
         weight, shift = float(match.weight), float(match.shift)
         told = f"weight {weight:g}, and {shift:g} in the place of cold items' R" if weight else "validation wants none"

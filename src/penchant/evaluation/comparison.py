@@ -41,31 +41,37 @@ from penchant.evaluation.store import Finished, Store, key_of, origin
 from penchant.evaluation.systems import System
 from penchant.evaluation.tasks import Task
 from penchant.files import sha256_file, staged_file
+from penchant.interest.beside import fit_beside
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
-from penchant.interest.fit import fit_match, inputs_of, training_behaviours
+from penchant.interest.fit import inputs_of, training_behaviours
 from penchant.interest.train import train_encoder
 from penchant.recommend import Recommender, Stages, silent
 
 if TYPE_CHECKING:
     from penchant.engine import Engine
 
-# Our encoder's variants: name -> (text vectors, ID embeddings). With IDs alone it is the baseline sasrec, with the
-# same settings and grid. FULL is the LLM behind the one with both.
-VARIANTS = {"encoder: text": (True, False), "encoder: ids + text": (True, True)}
+# Our encoder's variants: name -> (text vectors, ID embeddings). With IDs alone and nothing beside it is the baseline
+# sasrec, with the same settings and grid. FULL is the LLM behind the one with both.
+VARIANTS = {"encoder: text": (True, False), "encoder: ids": (False, True), "encoder: ids + text": (True, True)}
+# What is made where a task doesn't say.
+_OURS = ("encoder: text", "encoder: ids + text")
 BOTH = "encoder: ids + text"
 FULL = "full"
 # What ours is always set against, the best baseline or not: what text adds to IDs, and what training adds to text.
-_PLAIN = ("SASRec (cross entropy)", "newest titles (BM25)", "newest items (LLM vectors)")
+_PLAIN = (
+    *("SASRec (cross entropy)", "neighbours by nearness", "encoder: ids"),
+    *("newest titles (BM25)", "newest items (LLM vectors)"),
+)
 # The group of a row that shows what a known mistake is worth.
 MISTAKE = "a known mistake, made on purpose to show its size"
 # Settings of our encoder that the baseline SASRec does not take over.
 _NOT_SASREC = (
     *("kind", "inputs", "interests", "relevance", "id_dropout"),
-    *("loss", "hard_negatives", "user_weight", "item_weight", "match", "cold_price"),
+    *("loss", "hard_negatives", "user_weight", "item_weight", "match", "cold_price", "neighbours"),
 )
 # The same whatever the seed: made once.
-_DETERMINISTIC = {"popularity", "recent", "bm25", "nearest", "item_knn", "ease"}
+_DETERMINISTIC = {"popularity", "recent", "bm25", "nearest", "item_knn", "neighbours", "ease"}
 _NEED_VECTORS = {"nearest", *VARIANTS, FULL}
 # The untuned LLM is the full model's own first row, unless it has an adapter.
 SYSTEMS: tuple[str, ...] = (*(name for name in NAMES if name != "llm"), *VARIANTS, FULL)
@@ -94,7 +100,7 @@ class Comparison(Prepared):
 
     def __post_init__(self) -> None:
         baselines = self.task.baselines or [name for name in NAMES if name != "llm"]
-        self.systems = self.systems or [*baselines, *(self.task.ours or VARIANTS), FULL]
+        self.systems = self.systems or [*baselines, *(self.task.ours or _OURS), FULL]
         if FULL in self.systems and BOTH not in self.systems:
             self.systems = [*self.systems, BOTH]
         unknown = [name for name in self.systems if name not in SYSTEMS]
@@ -195,7 +201,7 @@ class Comparison(Prepared):
                 inputs=inputs_of(columns, words),
                 max_seconds=left,
             )
-            fit_match(encoder, asked, valid.targets.item, seen=valid.masked())
+            fit_beside(encoder, sequences, asked, valid.targets.item, seen=valid.masked())
             return system(encoder)
 
         configs = self._encoders(text, ids) if chosen is None else [EncoderConfig.model_validate(chosen)]
@@ -209,6 +215,8 @@ class Comparison(Prepared):
         changes: dict[str, Any] = {"use_text": text, "use_ids": ids}
         if not text:
             changes |= {"match": 0, "cold_price": 0.0}
+        if not ids:
+            changes |= {"neighbours": 0}  # they know items by nothing but their IDs
         own = self.task.fit.encoder.model_copy(update=changes)
         return grid(own, dropout=(0.5, 0.3), learning_rate=(5e-3, 2e-3))
 
@@ -265,7 +273,7 @@ class Comparison(Prepared):
             model=model,
             vectors=self.vectors if model else None,
             fit_seconds={one.ranked.system: one.record["fit"]["chosen"]["fit_seconds"] for one in done.values()},
-            pairs=[(one, other) for one in ours for other in _PLAIN],
+            pairs=[(one, other) for one in ours for other in _PLAIN if one != other],
             n_examples=0,  # rows of the data are no part of a result
             stages=self.stages,
         )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from penchant.data.history import Targets
 from penchant.evaluation.ranking import Ranked, Seen
 from penchant.interest.behaviour import Behaviour
+from penchant.interest.search import score_some
 from penchant.rank import Fusion
 from penchant.recommend import Recommender, Stages
 from penchant.serving import Items
@@ -108,9 +109,7 @@ def _candidates(
         rows = [row[k] for row, k in zip(found, kept, strict=True)]
         return rows, [s[k] for s, k in zip(scores, kept, strict=True)]
     items = [np.unique(row[row >= 0]).astype(np.int32) for row in given]
-    interest = model.encoder.encode(histories)
-    vectors = model.index.vectors
-    return items, [model.encoder.scores(interest[i : i + 1], vectors[row])[0] for i, row in enumerate(items)]
+    return items, score_some(model.encoder, model.index.vectors, histories, items)
 
 
 def _reordered(

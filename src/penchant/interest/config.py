@@ -44,6 +44,12 @@ class EncoderConfig(BaseModel):
         lt=1,
         description="share of the validation NDCG@10 that this may cost, where it finds more items without an event",
     )
+    neighbours: int = Field(
+        default=0,
+        ge=0,
+        description="items remembered for each item that stood near it in training histories; as much as validation "
+        "wants, they are added to the score of what follows the newest items; 0: none",
+    )
     inputs: tuple[str, ...] = Field(
         default=(),
         description="more about each event: event_type, rating, gap (time since the one before), review, query, or "
@@ -94,6 +100,8 @@ class EncoderConfig(BaseModel):
             raise ValueError("match compares texts: give use_text")
         if self.match and (self.relevance == "mlp" or self.value_column is not None):
             raise ValueError("match is a second dot product beside the first: give relevance dot or cosine, no value")
+        if self.neighbours and (self.relevance == "mlp" or self.value_column is not None):
+            raise ValueError("neighbours are added to a dot product: give relevance dot or cosine, no value")
         if self.cold_price and not self.match:
             raise ValueError("cold_price is paid for match")
         if len(set(self.inputs)) != len(self.inputs):

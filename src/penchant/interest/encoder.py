@@ -4,7 +4,8 @@ u = E_u(what the user did), c = E_c(what the item is), r(u, c) = R(u, c).
 
 An item is its LLM text vector through a trained projection, plus an ID embedding. A history is read by a causal
 transformer over these (SASRec, Kang and McAuley 2018, section 3), a GRU or a recency-weighted mean. With IDs alone and
-the transformer it is SASRec. Beside what is trained may stand the likeness of texts as the LLM sees them (match.py).
+the transformer it is SASRec. Beside what is trained may stand the likeness of texts as the LLM sees them (match.py),
+and the memory of what stood near what (neighbours.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from scipy import sparse
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,6 +29,7 @@ from penchant.errors import ConfigError, StorageError
 from penchant.interest.behaviour import Batch, Behaviour, History, pad
 from penchant.interest.config import EncoderConfig
 from penchant.interest.match import TextMatch
+from penchant.interest.neighbours import Neighbours
 from penchant.interest.relevance import Relevance
 from penchant.interest.sequence import SEQUENCES, Interests
 
@@ -78,6 +81,7 @@ class InterestEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.relevance = Relevance(config)
         self.match = TextMatch(config.match, dim, text.shape[1]) if config.match and text is not None else None
+        self.neighbours = Neighbours(config.neighbours, n_items, dim) if config.neighbours else None
         if self.ids is not None:
             nn.init.normal_(self.ids.weight, std=0.02)
 
@@ -230,9 +234,25 @@ class InterestEncoder(nn.Module):
             out[rows] = users.float().cpu().numpy()
         return out
 
+    def bonus(self, histories: Sequence[History], interest: NDArray[np.float32]) -> sparse.csr_array | None:
+        """What neighbours add to each history's scores, (n, n_items) and nowhere negative; None where they have no say.
+
+        ``interest`` is what ``encode`` makes of the histories.
+        """
+        near = self.neighbours
+        if near is None or not float(near.weight) > 0:
+            return None
+        found = near.standardised([Behaviour.of(history).item for history in histories])
+        # Beside the text match the encoder's own score is standardised already.
+        scale = np.ones(len(histories)) if self.matching is not None else near.deviation(interest)
+        value = found.data * np.repeat(float(near.weight) * scale, np.diff(found.indptr)).astype(np.float32)
+        return sparse.csr_array((value, found.indices, found.indptr), shape=(len(histories), self.n_items))
+
     @torch.inference_mode()
     def scores(self, interest: NDArray[np.float32], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """R of every pair, (n, m): interests (n, width) or (n, K, width) from ``encode``, rows of ``item_matrix``."""
+        """R of every pair, (n, m), without the neighbours' ``bonus``: interests (n, width) or (n, K, width) from
+        ``encode``, rows of ``item_matrix``.
+        """
         self._serve()
         return self.relevance.pairs(torch.from_numpy(interest), torch.from_numpy(vectors)).numpy()
 

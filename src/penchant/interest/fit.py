@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from penchant import metrics
 from penchant.data.history import Targets
 from penchant.data.split import Split
 from penchant.interest.behaviour import Behaviour, History
+from penchant.interest.beside import fit_beside
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
 from penchant.interest.inputs import Columns, Reading
-from penchant.interest.match import Chosen, Trials
 from penchant.interest.search import index_of, search
 from penchant.interest.train import EpochDone, Inputs, train_encoder
 from penchant.interest.words import Words
@@ -24,8 +22,6 @@ from penchant.interest.words import Words
 Items = NDArray[np.int32]
 # Validation users the encoder's early stopping looks at; more would only cost time.
 _STOPPING_USERS = 5_000
-# Scores held at once while the text match is chosen: 4M float32 are 16 MB.
-_HELD = 4_000_000
 
 
 def fit_encoder(
@@ -48,61 +44,8 @@ def fit_encoder(
     encoder, told = train_encoder(
         sequences, log.n_items, text, config, judge, inputs=inputs_of(columns, words), on_epoch=on_epoch
     )
-    fit_match(encoder, histories, stopping.item)
+    fit_beside(encoder, sequences, histories, stopping.item)
     return encoder, told
-
-
-def fit_match(
-    encoder: InterestEncoder,
-    histories: Sequence[History],
-    target: NDArray[np.integer],
-    *,
-    seen: Sequence[NDArray[np.integer]] | None = None,
-) -> Chosen | None:
-    """Choose on validation how much the text match of a trained encoder counts; None where it has none.
-
-    ``seen`` are the items that may not come, by default each history's own; targets without a history count 0.
-    """
-    trials = match_trials(encoder, histories, target, seen)
-    if trials is None or encoder.match is None:
-        return None
-    chosen = trials.best(len(histories), encoder.config.cold_price)
-    encoder.match.weight.fill_(chosen.weight)
-    encoder.match.shift.fill_(chosen.shift)
-    return chosen
-
-
-@torch.inference_mode()
-def match_trials(
-    encoder: InterestEncoder,
-    histories: Sequence[History],
-    target: NDArray[np.integer],
-    seen: Sequence[NDArray[np.integer]] | None = None,
-) -> Trials | None:
-    """Let the match learn what it standardises by, and try every weight and shift; None where there is none to try."""
-    match, text = encoder.match, encoder.text
-    rows = [i for i in range(len(histories)) if len(histories[i])]
-    if match is None or text is None or not rows:
-        return None
-    match.weight.zero_()
-    encoder.eval()
-    items, warm = torch.from_numpy(encoder.item_matrix()), encoder.warm.cpu()
-    match.learn(text, items[warm].to(text))
-    texts = match.texts(text)
-    trials = Trials(~warm.numpy())
-    block = max(1, _HELD // len(items))
-    for start in range(0, len(rows), block):
-        part = rows[start : start + block]
-        known = [Behaviour.of(histories[i]) for i in part]
-        interest = encoder.encode(known)
-        scaled, mean = match.standardised(torch.from_numpy(interest).to(text))
-        own = encoder.relevance.pairs(torch.cat([scaled, -mean], dim=-1), F.pad(items.to(text), (0, 1), value=1.0))
-        plain = encoder.scores(interest, items.numpy())
-        for row, (i, history) in enumerate(zip(part, known, strict=True)):
-            plain[row, history.item if seen is None else seen[i]] = -np.inf
-        likeness = match.newest([history.item for history in known], texts) @ texts.T
-        trials.add(plain, own.cpu().numpy(), likeness.cpu().numpy(), target[part])
-    return trials
 
 
 def training_behaviours(split: Split, reading: Reading) -> list[Behaviour]:
@@ -165,6 +108,7 @@ def encoder_ndcg(encoder: InterestEncoder, histories: Sequence[History], target:
         return 0.0
     known = [histories[i] for i in warm]
     seen = [Behaviour.of(history).item for history in known]
-    items, _ = search(index_of(encoder), encoder.encode(known), 10, exclude=seen)
+    interest = encoder.encode(known)
+    items, _ = search(index_of(encoder), interest, 10, exclude=seen, bonus=encoder.bonus(known, interest))
     rank = metrics.list_rank(items, target[warm])
     return float(metrics.ndcg(rank, 10).sum() / len(histories))

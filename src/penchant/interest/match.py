@@ -29,7 +29,7 @@ _NEWEST, _DECAY = 10, 0.85
 _LEAST = 1e-3
 # What is tried on validation, in standard deviations of the other score.
 WEIGHTS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0)
-SHIFTS = (0.0, 0.5, 1.0, 1.5, 1.75, 2.0, 2.25, 2.5)
+SHIFTS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 # Where no item is cold validation says nothing of the shift, and items that are added later stand half the way up: the
 # best of warm items have 3 or so.
 _UNTOLD = 1.5

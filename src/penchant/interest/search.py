@@ -7,12 +7,14 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from penchant.errors import ConfigError
+from penchant.interest.behaviour import History
 from penchant.interest.encoder import InterestEncoder
 from penchant.interest.hnsw import HNSWIndex
 from penchant.interest.index import ExactIndex
-from penchant.interest.top import top_k
+from penchant.interest.top import Found, nothing, top_k
 
 IndexKind = Literal["exact", "hnsw"]
 
@@ -70,11 +72,77 @@ def search(
     *,
     exclude: Sequence[NDArray[np.integer]] | None = None,
     allowed: NDArray[np.bool_] | None = None,
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    bonus: sparse.csr_array | None = None,
+) -> Found:
     """The k best items of each interest (n, dim), or of each user's K interests (n, K, dim), the best of which counts.
 
-    Items and scores, both (n, k), best first, padded with -1 and -inf.
+    ``bonus`` (n, n_items) is added to the scores: see ``InterestEncoder.bonus``. Items and scores, both (n, k), best
+    first, padded with -1 and -inf.
     """
+    found = _search(index, interest, k, exclude, allowed)
+    return found if bonus is None else _with_bonus(index, interest, k, exclude, allowed, bonus, found)
+
+
+def score_all(
+    encoder: InterestEncoder, vectors: NDArray[np.float32], histories: Sequence[History]
+) -> NDArray[np.float32]:
+    """Every item's score for each history (none of them empty), (n, m), for the first m rows of ``item_matrix``."""
+    interest = encoder.encode(histories)
+    scores, bonus = encoder.scores(interest, vectors), encoder.bonus(histories, interest)
+    return scores if bonus is None else scores + bonus[:, : len(vectors)].toarray()
+
+
+def score_some(
+    encoder: InterestEncoder,
+    vectors: NDArray[np.float32],
+    histories: Sequence[History],
+    items: Sequence[NDArray[np.integer]],
+) -> list[NDArray[np.float32]]:
+    """The scores of each history's own ``items``, whose vectors are rows of ``item_matrix``."""
+    interest = encoder.encode(histories)
+    bonus = encoder.bonus(histories, interest)
+    found = []
+    for i, row in enumerate(items):
+        scores = encoder.scores(interest[i : i + 1], vectors[row])[0]
+        found.append(scores if bonus is None else scores + bonus[[i]].toarray()[0, row])
+    return found
+
+
+def _with_bonus(
+    index: ExactIndex | HNSWIndex,
+    interest: NDArray[np.float32],
+    k: int,
+    exclude: Sequence[NDArray[np.integer]] | None,
+    allowed: NDArray[np.bool_] | None,
+    bonus: sparse.csr_array,
+    found: Found,
+) -> Found:
+    """An item among the k best with a bonus, which none loses by, has one or is among the k best without."""
+    may = (index if isinstance(index, ExactIndex) else index.exact).eligible(allowed)
+    items, values = nothing(len(interest), k)
+    for i in range(len(interest)):
+        part = slice(bonus.indptr[i], bonus.indptr[i + 1])
+        near, more = bonus.indices[part], bonus.data[part]
+        kept = may[near]
+        if exclude is not None:
+            kept &= ~np.isin(near, exclude[i])
+        near, more = near[kept], more[kept]
+        own = index.vectors[near] @ interest[i].T
+        scored = (own if own.ndim == 1 else own.max(axis=1)) + more
+        others = (found[0][i] >= 0) & ~np.isin(found[0][i], near)
+        item, score = np.concatenate([found[0][i][others], near]), np.concatenate([found[1][i][others], scored])
+        best = np.lexsort((item, -score))[:k]
+        items[i, : len(best)], values[i, : len(best)] = item[best], score[best]
+    return items, values
+
+
+def _search(
+    index: ExactIndex | HNSWIndex,
+    interest: NDArray[np.float32],
+    k: int,
+    exclude: Sequence[NDArray[np.integer]] | None,
+    allowed: NDArray[np.bool_] | None,
+) -> Found:
     if interest.ndim == 2 or isinstance(index, ScoredIndex):
         return index.search(interest, k, exclude=exclude, allowed=allowed)
     # What is among the k best by the largest of K scores is among the k best by one of them.

@@ -21,6 +21,7 @@ from penchant.evaluation.baselines.item_knn import fit_item_knn
 from penchant.evaluation.baselines.llm import ZeroShotLLM, zero_shot_likelihoods
 from penchant.evaluation.baselines.mult_vae import fit_mult_vae
 from penchant.evaluation.baselines.nearest import fit_nearest
+from penchant.evaluation.baselines.neighbours import fit_neighbours
 from penchant.evaluation.baselines.popularity import PopularityConfig, fit_popularity
 from penchant.evaluation.baselines.recent import fit_recent
 from penchant.evaluation.baselines.sasrec import fit_sasrec
@@ -33,7 +34,10 @@ from penchant.recommend import Stages, silent
 if TYPE_CHECKING:
     from penchant.engine import Engine
 
-Name = Literal["popularity", "recent", "bm25", "nearest", "item_knn", "ease", "als", "bpr", "mult_vae", "sasrec", "llm"]
+Name = Literal[
+    "popularity", "recent", "bm25", "nearest", "item_knn", "neighbours", "ease", "als", "bpr", "mult_vae",
+    "sasrec", "llm",
+]  # fmt: skip
 NAMES: tuple[Name, ...] = get_args(Name)
 
 
@@ -119,6 +123,7 @@ def fit_baselines(
     if vectors is not None:
         tuned("nearest", grids.nearest, lambda config, left: fit_nearest(vectors, counts, config), _with_last)
     tuned("item_knn", grids.item_knn, lambda config, left: fit_item_knn(events, config), _with_last)
+    tuned("neighbours", grids.neighbours, lambda config, left: fit_neighbours(events, config))
     tuned("ease", grids.ease, lambda config, left: fit_ease(events, config), _with_last)
     tuned("als", grids.als, lambda config, left: fit_als(events, config, seed), _with_last)
     tuned("bpr", grids.bpr, lambda config, left: fit_bpr(events, config, seed))

@@ -12,6 +12,7 @@ from penchant.evaluation.baselines.item_knn import ItemKNNConfig
 from penchant.evaluation.baselines.llm import ZeroShotConfig
 from penchant.evaluation.baselines.mult_vae import MultVAESystemConfig
 from penchant.evaluation.baselines.nearest import NearestConfig
+from penchant.evaluation.baselines.neighbours import NeighboursConfig
 from penchant.evaluation.baselines.recent import RecentConfig
 from penchant.evaluation.baselines.tune import grid
 from penchant.interest.config import EncoderConfig
@@ -33,6 +34,7 @@ class Grids:
     bm25: Sequence[BM25Config] = tuple(grid(BM25Config(), b=(0.75, 0.3), last=(1, 3, 10, None)))
     nearest: Sequence[NearestConfig] = tuple(grid(NearestConfig(), last=(1, 2, 3, 5, 10, 20, 50, None)))
     item_knn: Sequence[ItemKNNConfig] = tuple(grid(ItemKNNConfig(last=3), shrinkage=(10.0, 0.0), last=(3, 1, 10, None)))
+    neighbours: Sequence[NeighboursConfig] = tuple(grid(NeighboursConfig(), size=(100, 50, 200, 400)))
     ease: Sequence[EASEConfig] = tuple(grid(EASEConfig(last=3), ridge=(500.0, 100.0, 2000.0), last=(3, None)))
     als: Sequence[ALSConfig] = tuple(grid(ALSConfig(last=5), alpha=(10.0, 40.0), factors=(128, 64), last=(5, None)))
     bpr: Sequence[BPRConfig] = tuple(

@@ -14,6 +14,7 @@ from penchant.interest.behaviour import History
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
 from penchant.interest.inputs import Reading
+from penchant.interest.search import score_all
 from penchant.interest.train import train_encoder
 
 
@@ -36,8 +37,7 @@ class SASRec:
         out = np.repeat(self.counts[None], len(queries), axis=0)
         warm = [i for i, h in enumerate(queries.history) if len(h)]
         if warm:
-            interest = self.encoder.encode([self._behaviour(queries, i) for i in warm])
-            out[warm] = self.encoder.scores(interest, self.items)
+            out[warm] = score_all(self.encoder, self.items, [self._behaviour(queries, i) for i in warm])
         return out
 
     def _behaviour(self, queries: Queries, i: int) -> History:

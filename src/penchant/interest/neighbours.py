@@ -1,0 +1,144 @@
+"""Neighbours: items that stood near each other in training histories, remembered one by one beside what was learnt.
+
+An encoder of a few dimensions generalises, and forgets which rare items were taken together. Item-based neighbours
+(Sarwar et al. 2001; Deshpande and Karypis 2004), here with the order and the distance of events counted as sequential
+rules do (Ludewig and Jannach 2018, section 3.1), remember just that. Added to the encoder's score,
+
+    r'(u, c) = r(u, c) + weight * sd_c(r(u, c)) * s(u, c) / sd_c(s(u, c))
+    s(u, c) = sum of decay ** age * similarity(i, c) over the newest items i of u's history
+
+is more than either alone (trials: eval/results/NOTES.md). s is nowhere negative, and 0 but for the neighbours of a few
+items: so the best k of r' are among the best k of r and those neighbours, and every index finds them (search.py).
+``weight`` is chosen on validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import nn
+
+Items = NDArray[np.integer]
+
+# Of a history: how many of the newest items are asked for their neighbours, and how much each weighs of the one after.
+_NEWEST, _DECAY = 10, 0.8
+# Two events count the less for each other the further they are apart, and nothing beyond the window; a pair says half
+# as much of the earlier item as of the later one; and rare pairs count less by what is added to the denominator.
+_CLOSENESS, _WINDOW, _BACK, _SHRINKAGE = 0.9, 50, 0.5, 10.0
+# Pairs held at once.
+_PAIRS = 16_000_000
+# What is tried on validation, in standard deviations of the encoder's score.
+WEIGHTS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+
+
+class Neighbours(nn.Module):
+    """The ``size`` most similar items of each of ``n_items``, and the bonus they give; ``dim`` is the encoder's."""
+
+    item: torch.Tensor
+    value: torch.Tensor
+    weight: torch.Tensor
+    spread: torch.Tensor
+
+    def __init__(self, size: int, n_items: int, dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("item", torch.full((n_items, size), -1, dtype=torch.int32))  # -1: there are no more
+        self.register_buffer("value", torch.zeros(n_items, size))
+        self.register_buffer("weight", torch.zeros(()))
+        self.register_buffer("spread", torch.zeros(dim, dim))  # covariance of the warm items' vectors
+        self._similar: sparse.csr_array | None = None
+
+    def learn(self, similar: sparse.csr_array, items: torch.Tensor) -> None:
+        """Take up similarities (n_items, n_items), at most ``size`` a row, and the warm items' vectors (m, dim)."""
+        row = np.repeat(np.arange(similar.shape[0]), np.diff(similar.indptr))
+        place = np.arange(similar.nnz) - similar.indptr[row]
+        self.item.fill_(-1)
+        self.value.zero_()
+        self.item[row, place] = torch.from_numpy(similar.indices.astype(np.int32))
+        self.value[row, place] = torch.from_numpy(similar.data.astype(np.float32))
+        centred = items - items.mean(dim=0)
+        self.spread.copy_(centred.T @ centred / len(items))
+        self._similar = similar
+
+    def similar(self) -> sparse.csr_array:
+        """Similarities (n_items, n_items): row i holds the neighbours of i."""
+        if self._similar is None:
+            item, value = self.item.cpu().numpy(), self.value.cpu().numpy()
+            there = item >= 0
+            start = np.concatenate([[0], np.cumsum(there.sum(axis=1))])
+            self._similar = sparse.csr_array((value[there], item[there], start), shape=(len(item), len(item)))
+        return self._similar
+
+    def standardised(self, histories: Sequence[Items]) -> sparse.csr_array:
+        """s over its standard deviation among all items, (n, n_items); items added after the fit have no neighbours."""
+        return standardised(newest(histories, len(self.item)) @ self.similar())
+
+    def deviation(self, interest: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of the encoder's scores of the warm items, (n,), for interests (n, dim) or (n, K, dim): then their mean."""
+        vectors = torch.from_numpy(interest).to(self.spread)
+        found = ((vectors @ self.spread) * vectors).sum(-1).clamp(min=0).sqrt()
+        several: NDArray[np.float32] = found.cpu().numpy()
+        return several if several.ndim == 1 else several.mean(axis=1)
+
+
+def newest(histories: Sequence[Items], n_items: int) -> sparse.csr_array:
+    """How much each of a history's newest items is asked, (n, n_items) float32; of repeats the newest counts."""
+    start, item, value = [0], [], []
+    for history in histories:
+        last = np.asarray(history[-_NEWEST:])[::-1]
+        known, first = np.unique(last, return_index=True)
+        kept = known < n_items
+        item.append(known[kept])
+        value.append(_DECAY ** first[kept])
+        start.append(start[-1] + int(kept.sum()))
+    flat = (np.concatenate([*value, np.zeros(0)]).astype(np.float32), np.concatenate([*item, np.zeros(0)]), start)
+    return sparse.csr_array((flat[0], flat[1].astype(np.int32), np.array(start)), shape=(len(histories), n_items))
+
+
+def standardised(scores: sparse.csr_array) -> sparse.csr_array:
+    """Rows over their standard deviation, what is not there counted as 0."""
+    scores = scores.tocsr()
+    scores.sort_indices()
+    n = scores.shape[1]
+    mean = scores.sum(axis=1) / n
+    variance = scores.multiply(scores).sum(axis=1) / n - mean**2
+    deviation = np.sqrt(np.maximum(variance, 1e-20))
+    scores.data = (scores.data / np.repeat(deviation, np.diff(scores.indptr))).astype(np.float32)
+    return scores
+
+
+def similar_items(sequences: Sequence[Items], n_items: int, size: int) -> sparse.csr_array:
+    """The ``size`` most similar items of each, (n_items, n_items), equal ones in index order, in no order within a row.
+
+    similarity(i, j) = (pairs(i, j) + pairs(j, i) / 2) / (sqrt(n_i n_j) + 10), where pairs(i, j) counts the times that j
+    comes d <= 50 events after i, each as .9 ** (d - 1), and n_i the events of i.
+    """
+    item = np.concatenate([*sequences, np.zeros(0, dtype=np.int32)]).astype(np.int64)
+    owner = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+    events = np.bincount(item, minlength=n_items).astype(np.float64)
+    pairs = sparse.csr_array((n_items, n_items), dtype=np.float32)
+    held: list[tuple[NDArray[np.int64], NDArray[np.int64], float]] = []
+
+    def taken_up() -> sparse.csr_array:
+        before, after = (np.concatenate([one[at] for one in held]) for at in (0, 1))
+        count = np.concatenate([np.full(len(one[0]), one[2], dtype=np.float32) for one in held])
+        held.clear()
+        return pairs + sparse.coo_array((count, (before, after)), shape=pairs.shape).tocsr()
+
+    for apart in range(1, _WINDOW + 1):
+        both = np.flatnonzero((owner[:-apart] == owner[apart:]) & (item[:-apart] != item[apart:]))
+        if len(both):
+            held.append((item[both], item[both + apart], _CLOSENESS ** (apart - 1)))
+        if held and (apart == _WINDOW or sum(len(one[0]) for one in held) > _PAIRS):
+            pairs = taken_up()
+    found = (pairs + _BACK * pairs.T.tocsr()).tocsr()
+    row = np.repeat(np.arange(n_items), np.diff(found.indptr))
+    value = found.data / (np.sqrt(events[row] * events[found.indices]) + _SHRINKAGE)
+    order = np.lexsort((found.indices, -value, row))
+    best = order[np.arange(len(order)) - found.indptr[row] < size]
+    start = np.concatenate([[0], np.cumsum(np.minimum(np.diff(found.indptr), size))])
+    return sparse.csr_array((value[best].astype(np.float32), found.indices[best], start), shape=found.shape)
