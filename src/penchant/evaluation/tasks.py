@@ -89,7 +89,7 @@ class Task(_Part):
     llm_users: int = Field(default=500, ge=0, description="seeded targets of the LLM stage; 0: none")
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     baselines: list[Name] | None = Field(default=None, description="None: all that can be made")
-    ours: list[Literal["encoder: text", "encoder: ids + text"]] | None = Field(
+    ours: list[Literal["encoder: text", "encoder: ids", "encoder: ids + text"]] | None = Field(
         default=None, min_length=1, description="our encoder's variants; None: all of them"
     )
     budget: BudgetTask = Field(default_factory=BudgetTask)
