@@ -310,6 +310,18 @@ def test_priors_already_known_are_not_asked_for(fake_engine: FakeEngine) -> None
     assert fake_engine.scored == 1
 
 
+def test_items_of_one_title_have_one_prior_whoever_was_asked_about_which(fake_engine: FakeEngine) -> None:
+    """Another engine knew item 5 to within its rounding: beside it the same title must not stand above or below."""
+    texts = [*TITLES[:5], TITLES[2], *TITLES[6:]]
+    prior = np.full(N, np.nan)
+    prior[5] = ranker(fake_engine).priors(np.array([2]))[0] + 1e-6
+    made = Ranker(fake_engine, Templates(), texts, max_history=20, prompt_tokens=400, prior=prior)
+    found = made.priors(np.array([5, 2, 0]))
+    assert found[0] == found[1] == made.prior[5] == made.prior[2]
+    (score,) = made.likelihoods(items([1]), items([5, 2]))
+    assert score[0] == score[1]
+
+
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
 def test_a_likelihood_that_is_not_finite_is_refused(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()

@@ -178,6 +178,12 @@ class Ranker:
         return [self._item_tokens[int(i)] for i in items]
 
     @cached_property
+    def _like(self) -> NDArray[np.int64]:
+        """The first item that has the same text, of each item."""
+        first: dict[str, int] = {}
+        return np.array([first.setdefault(text, i) for i, text in enumerate(self._texts)], dtype=np.int64)
+
+    @cached_property
     def _budget(self) -> int:
         """Tokens a prompt may have: as many as asked for, less where the context must hold the longest item too."""
         context = self._engine.context_length
@@ -286,19 +292,22 @@ class Ranker:
         return out
 
     def priors(self, items: NDArray[np.integer], progress: Progress | None = None) -> NDArray[np.float64]:
-        """log p(item, terminator | no history) in nats, (n,); each item is computed once.
+        """log p(item, terminator | no history) in nats, (n,); each text is computed once, so that items of one title
+        are exactly level, whichever engine was asked about which of them.
 
         Zeros where the question isn't one of likelihood: there is nothing to take out.
         """
         if self.question != "likelihood":
             self.prior[items] = 0.0
             return self.prior[items]
-        missing = np.unique(items[np.isnan(self.prior[items])])
+        like = self._like[items]
+        missing = np.unique(like[np.isnan(self.prior[like])])
         if missing.size:
             empty = self.prompt(np.zeros(0, dtype=np.int32)).prompt
             found = self._engine.score([empty], [self.tokens(missing)], progress=progress)[0]
             _check_finite(found, "an empty history")
             self.prior[missing] = found
+        self.prior[items] = self.prior[like]
         return self.prior[items]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 from tests import tiny
 from tests.batch.by_ray import RAY, actors, begun, wait_for
@@ -47,10 +48,14 @@ def test_two_workers_one_of_them_killed(tmp_path: Path) -> None:
 
     job = begun(tmp_path / "run", tmp_path / "users.parquet", tmp_path / "ray", "--backend", "vllm", *RAY)
     there = wait_for(job, tmp_path / "ray", 2)
-    actors(job.pid)[0].kill()
+    killed = actors(job.pid)[0]
+    engines = killed.children(recursive=True)
+    assert engines
+    killed.kill()
     out, err = job.communicate()
     assert job.returncode == 0, err
     assert 2 <= there < SHARDS, "it was killed in mid-job"
+    assert psutil.wait_procs(engines, timeout=60)[1] == [], "vLLM's processes end with the one that started them"
     assert json.loads(out.splitlines()[0])["state"] == "complete"
 
     alone = begun(tmp_path / "run", tmp_path / "users.parquet", tmp_path / "local", "--backend", "vllm")

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from penchant.engine.asking import Answer, Ask
 from penchant.engine.base import Pooling
 from penchant.engine.vllm_options import VllmOptions
+from penchant.engine.vllm_plugin import OWNER
 from penchant.errors import ConfigError, ModelError
 
 _CPU_KV_GIB = 2.0
@@ -85,6 +86,7 @@ class Runner:
         self._log = _log_size()
         self._llm: Any = None
         before = set(threading.enumerate())
+        os.environ[OWNER] = str(os.getpid())
         try:
             with _quiet():
                 self._llm = vllm.LLM(**_arguments(folder, dtype, options, pooling))
