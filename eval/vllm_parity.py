@@ -4,9 +4,9 @@
     .venv-vllm/bin/python eval/vllm_parity.py --users 10 --candidates 5 --max-history 5 --out /tmp/parity.json
 
 A run is fitted with transformers, saved, and opened twice: with either engine. The LLM alone orders the candidates (by
-its likelihood, half of the no-history one taken out), whatever weight validation gave it. Lists are the same where
-every place holds the same item. Two items may change places where their scores are nearer than the engines'
-(``nearest_scores``).
+its likelihood, half of the no-history one taken out), whatever weight validation gave it. All candidates' scores are
+compared; lists are the same where each of the ten first places holds the same item. Two items may change places where
+their scores are nearer than the engines' (``nearest_scores``). What is further apart than ``FAR`` nats is listed.
 """
 
 from __future__ import annotations
@@ -33,19 +33,24 @@ from penchant.recommend import Recommender
 from penchant.run_folder import FitConfig
 
 FUSION = Fusion(weight=1.0, calibration=0.5)
+FAR = 1e-3
 
 
 def compared(mine: pl.DataFrame, theirs: pl.DataFrame) -> dict[str, Any]:
     """Whose lists are the same, and how far apart the scores of the same user and item are."""
-    both = mine.join(theirs, on=["user_id", "item_id"], suffix="_theirs")
-    same = both.group_by("user_id").agg((pl.col("rank") == pl.col("rank_theirs")).sum().alias("n"))
-    k = int(theirs["rank"].max())  # type: ignore[arg-type]
+    every = mine.join(theirs, on=["user_id", "item_id"], suffix="_theirs", how="full", coalesce=True)
+    gap = (pl.col("score") - pl.col("score_theirs")).abs()
+    far = every.filter(gap.is_null() | (gap > FAR)).select("user_id", "item_id", "score", "score_theirs")
+    both, k = every.drop_nulls(), min(10, int(theirs["rank"].max()))  # type: ignore[arg-type]
+    first = (pl.col("rank") == pl.col("rank_theirs")) & (pl.col("rank") <= k)
+    same = both.group_by("user_id").agg(first.sum().alias("n"))
     gaps = theirs.sort("user_id", "rank").select(-pl.col("score").diff().over("user_id")).to_series().drop_nulls()
     return {
         "users": theirs["user_id"].n_unique(),
         "users_with_the_same_list": int((same["n"] == k).sum()),
         "items_in_both": len(both),
         "items": len(theirs),
+        "further_apart": far.to_dicts(),
         "largest_score_difference": float(np.abs(both["score"] - both["score_theirs"]).max()),
         "nearest_scores": float(gaps.min()),  # type: ignore[arg-type]
     }
@@ -85,7 +90,7 @@ def main(
             opened = Recommender.load(Path(name) / "run", engine=engine)
             opened.fusion = FUSION
             begun = time.perf_counter()
-            found.append(opened.recommend(names, k=min(10, candidates)))
+            found.append(opened.recommend(names, k=candidates))
             seconds[label] = round(time.perf_counter() - begun, 1)
         fast.close()
     kept |= {"recommendations": compared(*found), "seconds": seconds}

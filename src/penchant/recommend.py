@@ -294,7 +294,7 @@ class Recommender(Updated):
         """A user's interest vectors (K, width), and what they are about: the n items nearest to each.
 
         Columns of the frame: interest (from 0), item_id, title, score; items of the history are among them, for they
-        say best what an interest is.
+        say best what an interest is. Neighbours have no part in vectors.
         """
         _, (behaviour,) = self._who(None if user is None else [user], history, None)
         if not len(behaviour):

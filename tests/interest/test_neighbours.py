@@ -117,16 +117,22 @@ def test_scores_are_both_added(changes: dict[str, object], history: list[int], r
     encoder, sequences = made(rng, **changes)
     interest, items = encoder.encode([np.array(history)]), encoder.item_matrix()
     own = encoder.scores(interest, items)[0].astype(np.float64)
-    s = s_by_loops(history, cut(similar_by_loops(sequences, N_ITEMS), 6))
+    similar = cut(similar_by_loops(sequences, N_ITEMS), 6)
+    s = s_by_loops(history, similar)
     scale = 1.0
     if not encoder.config.match:
         each = interest[0].reshape(-1, encoder.width) @ items[encoder.warm.numpy()].T
         scale = float(each.std(axis=1).mean())
-    wanted = own + 0.3 * scale * s / max(s.std(), 1e-12)
+    assert encoder.neighbours is not None
+    usual = float(encoder.neighbours.usual)
+    if changes == {}:
+        every = [s_by_loops(sequence[:-1].tolist(), similar).std() for sequence in sequences]
+        assert usual == pytest.approx(np.median(every), rel=1e-5)
+    wanted = own + 0.3 * scale * s / max(s.std(), usual)
     np.testing.assert_allclose(score_all(encoder, items, [np.array(history)])[0], wanted, atol=2e-4)
     some = np.array([4, 0, 19])
     np.testing.assert_allclose(score_some(encoder, items, [np.array(history)], [some])[0], wanted[some], atol=2e-4)
-    encoder.neighbours.weight.zero_()  # type: ignore[union-attr]
+    encoder.neighbours.weight.zero_()
     np.testing.assert_array_equal(score_all(encoder, items, [np.array(history)])[0], own.astype(np.float32))
 
 

@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from penchant.engine.asking import Answer, Ask
 from penchant.engine.base import Pooling
 from penchant.engine.vllm_options import VllmOptions
-from penchant.engine.vllm_plugin import OWNER
+from penchant.engine.vllm_plugin import owned
 from penchant.errors import ConfigError, ModelError
 
 _CPU_KV_GIB = 2.0
@@ -37,7 +38,7 @@ _CPU_BLOCK = 32
 # Ranks that vLLM allocates room for.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
-# Seconds for a thread to end: one of them looks once a second whether it shall.
+# Seconds for the threads to end: one of them looks once a second whether it shall.
 _PATIENCE = 5.0
 
 # What was raised: a traceback's last line, whatever its name and message, or a line that begins as one.
@@ -86,9 +87,8 @@ class Runner:
         self._log = _log_size()
         self._llm: Any = None
         before = set(threading.enumerate())
-        os.environ[OWNER] = str(os.getpid())
         try:
-            with _quiet():
+            with _quiet(), owned():
                 self._llm = vllm.LLM(**_arguments(folder, dtype, options, pooling))
         except Exception as error:  # of any type: pydantic's, torch's, or a child process's
             raise self._failed("did not start", error) from error
@@ -199,9 +199,10 @@ def _end(core: Any, threads: Sequence[threading.Thread]) -> None:
     which may abort the process with all its work done.
     """
     core.shutdown()
+    until = time.monotonic() + _PATIENCE
     for thread in threads:
         if thread is not threading.current_thread():
-            thread.join(_PATIENCE)
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 def lora_room(rank: int) -> int:

@@ -90,7 +90,7 @@ class Task(_Part):
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     baselines: list[Name] | None = Field(default=None, description="None: all that can be made")
     ours: list[Literal["encoder: text", "encoder: ids", "encoder: ids + text"]] | None = Field(
-        default=None, min_length=1, description="our encoder's variants; None: all of them"
+        default=None, min_length=1, description="our encoder's variants; None: text, and ids + text"
     )
     budget: BudgetTask = Field(default_factory=BudgetTask)
     seconds: float | None = Field(default=None, gt=0, description="no further system is begun after so many seconds")

@@ -59,7 +59,8 @@ def fit_neighbours(
         encoder.match.weight.zero_()
     items, warm = encoder.item_matrix(), encoder.warm.cpu()
     taken = [Behaviour.of(sequence).item for sequence in sequences]
-    near.learn(similar_items(taken, encoder.n_items, near.size), torch.from_numpy(items)[warm].to(near.spread))
+    similar = similar_items(taken, encoder.n_items, near.size)
+    near.learn(similar, torch.from_numpy(items)[warm].to(near.spread), [Behaviour.of(histories[i]).item for i in rows])
     weights, gains = (0.0, *WEIGHTS), []  # what each weight gains, (weights, n) of each block
     block = max(1, _HELD // len(items))
     for start in range(0, len(rows), block):

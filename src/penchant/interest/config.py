@@ -48,7 +48,7 @@ class EncoderConfig(BaseModel):
         default=0,
         ge=0,
         description="items remembered for each item that stood near it in training histories; as much as validation "
-        "wants, they are added to the score of what follows the newest items; 0: none",
+        "wants, they are added to the score of what follows the newest items (vectors alone don't hold them); 0: none",
     )
     inputs: tuple[str, ...] = Field(
         default=(),

@@ -7,9 +7,10 @@ rules do (Ludewig and Jannach 2018, section 3.1), remember just that. Added to t
     r'(u, c) = r(u, c) + weight * sd_c(r(u, c)) * s(u, c) / sd_c(s(u, c))
     s(u, c) = sum of decay ** age * similarity(i, c) over the newest items i of u's history
 
-is more than either alone (trials: eval/results/NOTES.md). s is nowhere negative, and 0 but for the neighbours of a few
-items: so the best k of r' are among the best k of r and those neighbours, and every index finds them (search.py).
-``weight`` is chosen on validation.
+is more than either alone (trials: eval/results/NOTES.md). Where sd_c(s(u, c)) is below the usual one, the median over
+users, that one stands in its place: who has little to go on gets a small bonus. s is nowhere negative, and 0 but for the
+neighbours of a few items: so the best k of r' are among the best k of r and those neighbours, and every index finds
+them (search.py). ``weight`` is chosen on validation.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Neighbours(nn.Module):
     value: torch.Tensor
     weight: torch.Tensor
     spread: torch.Tensor
+    usual: torch.Tensor
 
     def __init__(self, size: int, n_items: int, dim: int) -> None:
         super().__init__()
@@ -50,19 +52,24 @@ class Neighbours(nn.Module):
         self.register_buffer("value", torch.zeros(n_items, size))
         self.register_buffer("weight", torch.zeros(()))
         self.register_buffer("spread", torch.zeros(dim, dim))  # covariance of the warm items' vectors
+        self.register_buffer("usual", torch.zeros(()))  # deviation of s
         self._similar: sparse.csr_array | None = None
 
-    def learn(self, similar: sparse.csr_array, items: torch.Tensor) -> None:
-        """Take up similarities (n_items, n_items), at most ``size`` a row, and the warm items' vectors (m, dim)."""
+    def learn(self, similar: sparse.csr_array, items: torch.Tensor, histories: Sequence[Items]) -> None:
+        """Take up similarities (n_items, n_items), at most ``size`` a row, the warm items' vectors (m, dim), and what
+        is usual among these histories.
+        """
         row = np.repeat(np.arange(similar.shape[0]), np.diff(similar.indptr))
         place = np.arange(similar.nnz) - similar.indptr[row]
         self.item.fill_(-1)
         self.value.zero_()
-        self.item[row, place] = torch.from_numpy(similar.indices.astype(np.int32))
-        self.value[row, place] = torch.from_numpy(similar.data.astype(np.float32))
+        self.item[row, place] = torch.from_numpy(similar.indices.astype(np.int32)).to(self.item)
+        self.value[row, place] = torch.from_numpy(similar.data.astype(np.float32)).to(self.value)
         centred = items - items.mean(dim=0)
         self.spread.copy_(centred.T @ centred / len(items))
         self._similar = similar
+        found = deviations(newest(histories, len(self.item)) @ similar)
+        self.usual.fill_(float(np.median(found[found > 0])) if (found > 0).any() else 1.0)
 
     def similar(self) -> sparse.csr_array:
         """Similarities (n_items, n_items): row i holds the neighbours of i."""
@@ -74,8 +81,13 @@ class Neighbours(nn.Module):
         return self._similar
 
     def standardised(self, histories: Sequence[Items]) -> sparse.csr_array:
-        """s over its standard deviation among all items, (n, n_items); items added after the fit have no neighbours."""
-        return standardised(newest(histories, len(self.item)) @ self.similar())
+        """s over its standard deviation among all items, or the usual one, (n, n_items); items added after the fit have
+        no neighbours.
+        """
+        found = (newest(histories, len(self.item)) @ self.similar()).tocsr()
+        scale = np.maximum(deviations(found), float(self.usual))
+        found.data = (found.data / np.repeat(scale, np.diff(found.indptr))).astype(np.float32)
+        return found
 
     def deviation(self, interest: NDArray[np.float32]) -> NDArray[np.float32]:
         """Of the encoder's scores of the warm items, (n,), for interests (n, dim) or (n, K, dim): then their mean."""
@@ -95,20 +107,16 @@ def newest(histories: Sequence[Items], n_items: int) -> sparse.csr_array:
         item.append(known[kept])
         value.append(_DECAY ** first[kept])
         start.append(start[-1] + int(kept.sum()))
-    flat = (np.concatenate([*value, np.zeros(0)]).astype(np.float32), np.concatenate([*item, np.zeros(0)]), start)
-    return sparse.csr_array((flat[0], flat[1].astype(np.int32), np.array(start)), shape=(len(histories), n_items))
+    values = np.concatenate([*value, np.zeros(0)]).astype(np.float32)
+    items = np.concatenate([*item, np.zeros(0)]).astype(np.int32)
+    return sparse.csr_array((values, items, np.array(start)), shape=(len(histories), n_items))
 
 
-def standardised(scores: sparse.csr_array) -> sparse.csr_array:
-    """Rows over their standard deviation, what is not there counted as 0."""
-    scores = scores.tocsr()
-    scores.sort_indices()
-    n = scores.shape[1]
-    mean = scores.sum(axis=1) / n
-    variance = scores.multiply(scores).sum(axis=1) / n - mean**2
-    deviation = np.sqrt(np.maximum(variance, 1e-20))
-    scores.data = (scores.data / np.repeat(deviation, np.diff(scores.indptr))).astype(np.float32)
-    return scores
+def deviations(scores: sparse.csr_array) -> NDArray[np.float64]:
+    """The standard deviation of each row, what is not there counted as 0."""
+    exact = scores.astype(np.float64)
+    mean = exact.sum(axis=1) / scores.shape[1]
+    return np.sqrt(np.maximum(exact.multiply(exact).sum(axis=1) / scores.shape[1] - mean**2, 0.0))
 
 
 def similar_items(sequences: Sequence[Items], n_items: int, size: int) -> sparse.csr_array:
@@ -136,9 +144,16 @@ def similar_items(sequences: Sequence[Items], n_items: int, size: int) -> sparse
         if held and (apart == _WINDOW or sum(len(one[0]) for one in held) > _PAIRS):
             pairs = taken_up()
     found = (pairs + _BACK * pairs.T.tocsr()).tocsr()
-    row = np.repeat(np.arange(n_items), np.diff(found.indptr))
-    value = found.data / (np.sqrt(events[row] * events[found.indices]) + _SHRINKAGE)
-    order = np.lexsort((found.indices, -value, row))
-    best = order[np.arange(len(order)) - found.indptr[row] < size]
-    start = np.concatenate([[0], np.cumsum(np.minimum(np.diff(found.indptr), size))])
-    return sparse.csr_array((value[best].astype(np.float32), found.indices[best], start), shape=found.shape)
+    found.sort_indices()
+    common = np.sqrt(events)
+    start, columns, values = [0], [], []
+    for i, (a, b) in enumerate(zip(found.indptr[:-1].tolist(), found.indptr[1:].tolist(), strict=True)):
+        column = found.indices[a:b]
+        value = found.data[a:b] / (common[i] * common[column] + _SHRINKAGE)
+        best = np.argsort(-value, kind="stable")[:size]  # of one row at a time: sorting all of them takes for ever
+        columns.append(column[best])
+        values.append(value[best].astype(np.float32))
+        start.append(start[-1] + len(best))
+    none = np.zeros(0, dtype=np.int32)
+    flat = np.concatenate([*values, none]).astype(np.float32), np.concatenate([*columns, none])
+    return sparse.csr_array((flat[0], flat[1], np.array(start)), shape=found.shape)

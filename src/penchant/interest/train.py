@@ -191,10 +191,12 @@ def _train(
             on_epoch(epoch, summed / seen, score)
         if score > best:
             best, best_epoch = score, epoch
-            kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            kept = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
         if epoch - best_epoch >= config.patience or seconds > max_seconds:
             break
-    model.load_state_dict(kept)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.copy_(kept[name])
     return model.eval(), log
 
 
