@@ -8,8 +8,8 @@ rules do (Ludewig and Jannach 2018, section 3.1), remember just that. Added to t
     s(u, c) = sum of decay ** age * similarity(i, c) over the newest items i of u's history
 
 is more than either alone (trials: eval/results/NOTES.md). Where sd_c(s(u, c)) is below the usual one, the median over
-users, that one stands in its place: who has little to go on gets a small bonus. s is nowhere negative, and 0 but for the
-neighbours of a few items: so the best k of r' are among the best k of r and those neighbours, and every index finds
+users, that one stands in its place: who has little to go on gets a small bonus. s is nowhere negative, and 0 but for
+the neighbours of a few items: so the best k of r' are among the best k of r and those neighbours, and every index finds
 them (search.py). ``weight`` is chosen on validation.
 """
 
