@@ -344,18 +344,24 @@ def test_a_model_that_vllm_cannot_run(tmp_path: Path) -> None:
         load_engine(folder, dtype="float32", backend="vllm", options=SMALL)
 
 
-def test_a_dead_engine_in_mid_batch_is_an_error_and_the_next_call_starts_another(merged: Pair) -> None:
-    """The last of the module's tests: it kills the engine's processes while they work."""
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_dead_engine_in_mid_batch_is_an_error_and_the_next_call_starts_another(merged: Pair, stopped: bool) -> None:
+    """It kills the engine's process while requests are sent, or, stopped, when all have been and answers are waited
+    for.
+    """
     core = merged.vllm._runners.generating()._llm.llm_engine.engine_core.resources.engine_manager.processes[0].pid
 
     def kill() -> None:
         time.sleep(1)
         os.kill(core, signal.SIGKILL)
 
+    if stopped:
+        os.kill(core, signal.SIGSTOP)
     killer = threading.Thread(target=kill)
     killer.start()
     rng = np.random.default_rng(0)
-    many = [[rng.integers(5, 300, size=12).tolist() for _ in range(400)] for _ in range(20)]
+    n = 3 if stopped else 400
+    many = [[rng.integers(5, 300, size=12).tolist() for _ in range(n)] for _ in range(20)]
     with pytest.raises(ModelError, match=r"the engine died with \d+ requests unanswered"):
         merged.vllm.score(["Heat"] * 20, many)
     killer.join()

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,11 @@ class Runner:
                 self._llm = vllm.LLM(**_arguments(folder, dtype, options, pooling))
         except Exception as error:  # of any type: pydantic's, torch's, or a child process's
             raise self._failed("did not start", error) from error
+        core = self._llm.llm_engine.engine_core
+        threading.Thread(target=_tell_of_death, args=(core,), name="PenchantEngineWatch", daemon=True).start()
         # At exit too, and before what vLLM itself does then: finalizers run newest first.
         heard = [thread for thread in threading.enumerate() if thread.daemon and thread not in before]
-        self._end = weakref.finalize(self, _end, self._llm.llm_engine.engine_core, heard)
+        self._end = weakref.finalize(self, _end, core, heard)
         self.max_model_len = int(self._llm.model_config.max_model_len)
 
     @property
@@ -190,6 +193,18 @@ class Runner:
         return ModelError(
             f"{'out of memory: ' if memory else ''}the engine {what}: {cause}", where=where, remedy=remedy
         )
+
+
+def _tell_of_death(core: Any) -> None:
+    """Whoever waits for answers hears that the engine's process is gone: vLLM alone would let them wait for ever, if it
+    was killed (by a machine out of memory, say) after the last request had been sent.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    processes = getattr(getattr(getattr(core, "resources", None), "engine_manager", None), "processes", [])
+    if processes:
+        wait([process.sentinel for process in processes])
+        core.outputs_queue.put(EngineDeadError())
 
 
 def _end(core: Any, threads: Sequence[threading.Thread]) -> None:
