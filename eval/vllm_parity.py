@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 import typer
 
+from penchant import schema
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
@@ -44,7 +45,9 @@ def compared(mine: pl.DataFrame, theirs: pl.DataFrame) -> dict[str, Any]:
     both, k = every.drop_nulls(), min(10, int(theirs["rank"].max()))  # type: ignore[arg-type]
     first = (pl.col("rank") == pl.col("rank_theirs")) & (pl.col("rank") <= k)
     same = both.group_by("user_id").agg(first.sum().alias("n"))
-    gaps = theirs.sort("user_id", "rank").select(-pl.col("score").diff().over("user_id")).to_series().drop_nulls()
+    # Not what fills the place of a title that was there twice: its score is the encoder's.
+    ranked = theirs.filter(pl.col("stage") == schema.STAGE_LLM)
+    gaps = ranked.sort("user_id", "rank").select(-pl.col("score").diff().over("user_id")).to_series().drop_nulls()
     return {
         "users": theirs["user_id"].n_unique(),
         "users_with_the_same_list": int((same["n"] == k).sum()),
