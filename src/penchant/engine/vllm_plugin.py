@@ -1,7 +1,8 @@
 """What vLLM's own processes call when they start: they end with the process that started them, killed or not.
 
 vLLM's engine process waits for requests for ever when the process that would send them is killed, and keeps the model
-in memory: on a GPU the same job, begun again, would find no room. (Its workers end with it.)
+in memory: on a GPU the same job, begun again, would find no room. (Its workers end with it.) A VLLM_PLUGINS that
+does not name penchant leaves a spawned engine unwatched.
 """
 
 from __future__ import annotations

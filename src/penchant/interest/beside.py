@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -62,14 +62,7 @@ def fit_neighbours(
     similar = similar_items(taken, encoder.n_items, near.size)
     near.learn(similar, torch.from_numpy(items)[warm].to(near.spread), [Behaviour.of(histories[i]).item for i in rows])
     weights, gains = (0.0, *WEIGHTS), []  # what each weight gains, (weights, n) of each block
-    block = max(1, _HELD // len(items))
-    for start in range(0, len(rows), block):
-        part = rows[start : start + block]
-        known = [Behaviour.of(histories[i]) for i in part]
-        interest = encoder.encode(known)
-        plain = encoder.scores(interest, items)
-        for row, (i, history) in enumerate(zip(part, known, strict=True)):
-            plain[row, history.item if seen is None else seen[i]] = -np.inf
+    for part, known, interest, plain in _blocks(encoder, items, histories, seen):
         near.weight.fill_(1.0)
         bonus = encoder.bonus(known, interest)
         near.weight.zero_()
@@ -112,8 +105,7 @@ def match_trials(
 ) -> Trials | None:
     """Let the match learn what it standardises by, and try every weight and shift; None where there is none to try."""
     match, text = encoder.match, encoder.text
-    rows = [i for i in range(len(histories)) if len(histories[i])]
-    if match is None or text is None or not rows:
+    if match is None or text is None or not any(len(history) for history in histories):
         return None
     match.weight.zero_()
     encoder.eval()
@@ -121,21 +113,36 @@ def match_trials(
     match.learn(text, items[warm].to(text))
     texts = match.texts(text)
     trials = Trials(~warm.numpy())
+    for part, known, interest, plain in _blocks(encoder, items.numpy(), histories, seen):
+        scaled, mean = match.standardised(torch.from_numpy(interest).to(text))
+        own = encoder.relevance.pairs(torch.cat([scaled, -mean], dim=-1), F.pad(items.to(text), (0, 1), value=1.0))
+        bonus = encoder.bonus(known, interest)
+        if bonus is not None and encoder.neighbours is not None:
+            np.add(plain, bonus.toarray(), out=plain)
+            own += float(encoder.neighbours.weight) * torch.from_numpy(
+                encoder.neighbours.standardised([history.item for history in known]).toarray()
+            ).to(own)
+        likeness = match.newest([history.item for history in known], texts) @ texts.T
+        trials.add(plain, own.cpu().numpy(), likeness.cpu().numpy(), target[part])
+    return trials
+
+
+def _blocks(
+    encoder: InterestEncoder,
+    items: NDArray[np.float32],
+    histories: Sequence[History],
+    seen: Sequence[NDArray[np.integer]] | None,
+) -> Iterator[tuple[list[int], list[Behaviour], NDArray[np.float32], NDArray[np.float32]]]:
+    """The histories that are not empty, a block at a time: their places, themselves, their interests, and the encoder's
+    scores (n, n_items), -inf where an item may not come.
+    """
+    rows = [i for i in range(len(histories)) if len(histories[i])]
     block = max(1, _HELD // len(items))
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
         known = [Behaviour.of(histories[i]) for i in part]
         interest = encoder.encode(known)
-        scaled, mean = match.standardised(torch.from_numpy(interest).to(text))
-        own = encoder.relevance.pairs(torch.cat([scaled, -mean], dim=-1), F.pad(items.to(text), (0, 1), value=1.0))
-        plain, bonus = encoder.scores(interest, items.numpy()), encoder.bonus(known, interest)
-        if bonus is not None and encoder.neighbours is not None:
-            plain += bonus.toarray()
-            own += float(encoder.neighbours.weight) * torch.from_numpy(
-                encoder.neighbours.standardised([history.item for history in known]).toarray()
-            ).to(own)
+        plain = encoder.scores(interest, items)
         for row, (i, history) in enumerate(zip(part, known, strict=True)):
             plain[row, history.item if seen is None else seen[i]] = -np.inf
-        likeness = match.newest([history.item for history in known], texts) @ texts.T
-        trials.add(plain, own.cpu().numpy(), likeness.cpu().numpy(), target[part])
-    return trials
+        yield part, known, interest, plain
