@@ -33,6 +33,8 @@ def test_windows_of_shuffled_rows_are_packed_apart_and_lose_none(monkeypatch: py
 def test_a_row_longer_than_a_pack_is_refused_by_its_number() -> None:
     with pytest.raises(ConfigError, match=r"row 2 has 65 tokens and a pack only 64.*cut off"):
         pack([3, 64, 65], 64, np.random.default_rng(0))
+    with pytest.raises(ConfigError, match="row 2 has 65 tokens"):  # when the run is planned, before it validates
+        Plan(np.array([3, 64, 65]), pack_tokens=64, packs_per_step=1, seed=0)
 
 
 @pytest.mark.parametrize(("size", "most"), [(1024, 40), (2048, 40), (1024, 20)])

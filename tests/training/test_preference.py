@@ -15,6 +15,7 @@ from tests.training.test_losses import brute_force
 from penchant.data.split import leave_last_out
 from penchant.errors import ConfigError, DataError
 from penchant.training.batch import collate
+from penchant.training.candidates import Candidates
 from penchant.training.config import PreferenceConfig
 from penchant.training.corpus import Corpus
 from penchant.training.objectives import task_loss
@@ -93,7 +94,10 @@ def test_held_out_rows_have_the_validation_event_as_the_one_target(corpus: Corpu
 def test_a_row_ends_with_its_last_target(corpus: Corpus) -> None:
     """What would stand behind it is seen by no target: tokens for nothing, and inputs that are later than it."""
     positions = corpus.train_positions[0][:6]
-    row = preference_row(corpus, positions, {int(positions[1]): [1], int(positions[3]): [2, 3], int(positions[5]): []})
+    own = corpus.split.log.item[positions].tolist()
+    rivals = {1: [1], 3: [2, 3], 5: []}
+    groups = {int(positions[i]): [(own[i], 0.0), *((r, 0.0) for r in some)] for i, some in rivals.items()}
+    row = preference_row(corpus, positions, groups)
     assert row.targets.tolist() == positions[[1, 3]].tolist()
     assert row.inputs.tolist() == positions[:3].tolist()
     titles = [t for i in corpus.split.log.item[positions[:4]] for t in corpus.item_tokens[int(i)]]
@@ -104,7 +108,7 @@ def test_a_held_out_event_in_a_trunk_is_refused(corpus: Corpus) -> None:
     held = int(corpus.split.test.position[1])
     positions = np.arange(corpus.split.log.before(held).start, held + 1)
     with pytest.raises(DataError, match="validation or test event"):
-        preference_row(corpus, positions, {int(positions[2]): [1]})
+        preference_row(corpus, positions, {int(positions[2]): [(0, 0.0), (1, 0.0)]})
 
 
 @pytest.mark.parametrize("likelihood_weight", [0.0, 0.7])
@@ -148,6 +152,69 @@ def test_the_reference_gives_no_gradient_and_starts_at_log_two(corpus: Corpus, b
     batch = collate([list(preference_rows(corpus, made, retriever))[:2]], student.dtype)
     loss, weight = task_loss("preference", made)
     assert float(loss(student, student, batch).detach()) / weight(batch) == pytest.approx(np.log(2), rel=1e-5)
+
+
+def test_beside_the_retriever_only_what_it_found_is_trained_on_with_its_scores(
+    corpus: Corpus, byte_folder: Path
+) -> None:
+    """Each candidate's score is the row's, that of the item taken among them."""
+    made = config(byte_folder, beside=0.5, every=1, negatives=3)
+    log, at = corpus.split.log, corpus.item_tokens
+    rng = np.random.default_rng(0)
+
+    class Scored:
+        """Every third target is missed; the others stand anywhere in the list."""
+
+        def for_training(self, positions: Any, k: int, folds: int) -> Candidates:
+            items = np.array([rng.permutation(log.n_items)[:k] for _ in positions], dtype=np.int32)
+            for row, p in zip(items, positions, strict=True):
+                row[row == log.item[p]] = -1
+                if p % 3:
+                    row[int(rng.integers(k))] = log.item[p]
+            self.at = {int(p): row for p, row in zip(positions, items, strict=True)}
+            # A score tells whose and for whom it is.
+            return Candidates(items, (items + 1000 * np.array(positions)[:, None]).astype(np.float32))
+
+    retriever: Any = Scored()
+    rows = list(preference_rows(corpus, made, retriever))
+    targets = np.concatenate([row.targets for row in rows])
+    assert targets.tolist() == [p for p in preference_targets(corpus, made).tolist() if p % 3]
+    for row in rows:
+        for g, p in enumerate(row.targets.tolist()):
+            members = np.flatnonzero(row.group == g)
+            assert len(members) == 4
+            for s in members:
+                item = int(row.lead[s]) - 1000 * p
+                assert row.label[row.sequence == s].tolist() == list(at[item])
+                assert item in retriever.at[p]
+    plain = list(preference_rows(corpus, config(byte_folder, every=1, negatives=3), retriever))
+    assert all(not row.lead.any() for row in plain)
+    assert sum(len(row.targets) for row in plain) == len(preference_targets(corpus, made))
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_the_retrievers_scores_stand_inside_the_softmax(corpus: Corpus, byte_folder: Path, reference: bool) -> None:
+    """-log softmax at the item taken of beta (log p - log p of the base, or 0) + beside times its score."""
+    made = config(byte_folder, beside=0.7, reference=reference)
+    student = stirred(made)
+    log = corpus.split.log
+    positions = corpus.train_positions[1][:4]
+    group = [(int(log.item[positions[3]]), 1.5), (1, 2.5), (2, -3.0)]
+    row = preference_row(corpus, positions, {int(positions[3]): group})
+    context = row.tokens[row.branch == 0][: int(row.at[0]) + 1].tolist()
+
+    def logp() -> list[float]:
+        with torch.no_grad():
+            return [float(plain_logprobs(student, context, list(corpus.item_tokens[i])).sum()) for i, _ in group]
+
+    mine = np.array(logp())
+    with student.adapter_off():
+        base = np.array(logp()) if reference else np.zeros(3)
+    logits = 0.3 * (mine - base) + 0.7 * np.array([lead for _, lead in group])
+    wanted = np.logaddexp.reduce(logits) - logits[0]
+    loss, _ = task_loss("preference", made)
+    batch = collate([[row]], student.dtype)
+    assert float(loss(student, student, batch).detach()) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_without_an_adapter_there_is_no_reference(corpus: Corpus, byte_folder: Path) -> None:

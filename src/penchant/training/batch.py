@@ -18,7 +18,7 @@ class Batch:
     """One forward. ``tokens`` and ``position`` (b, length); ``mask`` (b, 1, length, length), additive.
 
     Supervision, flat over the batch: ``at`` (m,) indexes the b * length states, ``label``, ``weight`` and
-    ``sequence`` (m,) as in Row; ``group`` (s,) of each candidate sequence; ``choices`` (c,) label tokens;
+    ``sequence`` (m,) as in Row; ``group`` and ``lead`` (s,) of each candidate sequence; ``choices`` (c,) label tokens;
     ``targets`` the rows' targets as positions in the event log.
     """
 
@@ -30,6 +30,7 @@ class Batch:
     weight: torch.Tensor
     sequence: torch.Tensor
     group: torch.Tensor
+    lead: torch.Tensor
     choices: torch.Tensor
     targets: NDArray[np.int64]
     n_targets: int
@@ -43,7 +44,7 @@ def collate(packs: Sequence[Sequence[Row]], dtype: torch.dtype, device: torch.de
     tokens, position = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     row_of = np.full(shape, -1, dtype=np.int64)
     branch, start = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    at, label, weight, sequence, group = [], [], [], [], []
+    at, label, weight, sequence, group, lead = [], [], [], [], [], []
     n_sequences = n_groups = number = 0
     choices: tuple[int, ...] | None = None
     for p, rows in enumerate(packs):
@@ -62,6 +63,7 @@ def collate(packs: Sequence[Sequence[Row]], dtype: torch.dtype, device: torch.de
             weight.append(row.weight)
             sequence.append(row.sequence + n_sequences)
             group.append(row.group + n_groups)
+            lead.append(row.lead)
             n_sequences += len(row.group)
             n_groups += int(row.group.max()) + 1
             if choices is not None and choices != tuple(row.choices):
@@ -82,6 +84,7 @@ def collate(packs: Sequence[Sequence[Row]], dtype: torch.dtype, device: torch.de
         tensor(weight),
         tensor(sequence).long(),
         tensor(group).long(),
+        tensor(lead),
         torch.tensor(choices or (), dtype=torch.long, device=device),
         np.concatenate([row.targets for rows in packs for row in rows]),
         n_groups,

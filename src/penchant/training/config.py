@@ -161,6 +161,16 @@ class PreferenceConfig(TrainConfig):
 
     negatives: int = Field(default=3, ge=1, description="retrieved rivals of each target")
     beta: float = Field(default=1.0, gt=0, description="S-DPO's temperature")
+    reference: bool = Field(
+        default=True,
+        description="hold log p against the base's, as S-DPO does; false: log p itself, which is what serving ranks by",
+    )
+    beside: float = Field(
+        default=0.0,
+        ge=0,
+        description="how much of the retriever's own score is added to the LLM's in the loss: the LLM then learns what "
+        "the retriever doesn't know. Only targets that it found are trained on, as in serving",
+    )
     likelihood_weight: float = Field(
         default=0.0, ge=0, description="how much next-item cross entropy on the taken items is added"
     )
@@ -170,8 +180,8 @@ class PreferenceConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _has_a_reference(self) -> PreferenceConfig:
-        if self.method == "full":
-            raise ValueError("preference holds the adapter against the base without it: use method lora")
+        if self.method == "full" and self.reference:
+            raise ValueError("the reference is the base without the adapter: use method lora, or reference false")
         return self
 
 

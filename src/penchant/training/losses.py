@@ -85,15 +85,16 @@ def first_of_group(group: torch.Tensor) -> torch.Tensor:
 
 
 def preference_terms(
-    sequences: torch.Tensor, reference: torch.Tensor, group: torch.Tensor, beta: float
+    sequences: torch.Tensor, reference: torch.Tensor, group: torch.Tensor, beta: float, lead: torch.Tensor | float = 0.0
 ) -> torch.Tensor:
     """Softmax DPO (Chen et al. 2024, "On Softmax Direct Preference Optimization for Recommendation", equation 8).
 
     ``sequences`` and ``reference`` (s,) are log p under the adapter and without it, in nats; the first
     sequence of each group is the item taken, the others its rivals. One loss, in nats, a group that has any:
-    -log sigma(-log sum over rivals of exp(beta (margin of rival - margin of taken))).
+    -log sigma(-log sum over rivals of exp(beta (margin of rival - margin of taken))). ``lead`` (s,), nats, is added
+    to beta times the margin: what is known of each candidate without this model.
     """
-    margin = beta * (sequences - reference)
+    margin = beta * (sequences - reference) + lead
     n = int(group.max()) + 1
     first = first_of_group(group)
     rival = torch.ones(len(group), dtype=torch.bool, device=group.device)

@@ -57,11 +57,13 @@ def _preference(config: TrainConfig) -> tuple[Loss, Callable[[Batch], float]]:
         raise ConfigError("wants its own settings", where="preference")
 
     def loss(forward: Forward, student: Student, batch: Batch) -> torch.Tensor:
-        with torch.no_grad(), student.adapter_off():
-            reference = sequence_logprobs(student(batch), batch)
+        reference = torch.zeros_like(batch.lead)
+        if config.reference:
+            with torch.no_grad(), student.adapter_off():
+                reference = sequence_logprobs(student(batch), batch)
         logp = forward(batch)
         sequences = sequence_logprobs(logp, batch)
-        summed = preference_terms(sequences, reference, batch.group, config.beta).sum()
+        summed = preference_terms(sequences, reference, batch.group, config.beta, config.beside * batch.lead).sum()
         if config.likelihood_weight:
             length = sequence_logprobs(torch.ones_like(logp), batch)
             # Per token, as next_item has it, so that a long title does not count for more.

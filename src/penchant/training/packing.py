@@ -17,19 +17,23 @@ _WINDOW = 4096
 def pack(lengths: Sequence[int] | NDArray[np.integer], size: int, rng: np.random.Generator) -> list[list[int]]:
     """Row numbers by pack: every row once, no pack over ``size`` tokens; best fit decreasing in shuffled windows."""
     length = np.asarray(lengths, dtype=np.int64)
-    if len(length) and length.max() > size:
-        row = int(length.argmax())
-        raise ConfigError(
-            f"row {row} has {length[row]} tokens and a pack only {size}: a target would be cut off",
-            where="packing",
-            remedy="raise pack_tokens, or lower max_history or prompt_tokens",
-        )
+    _require_room(length, size)
     order = rng.permutation(len(length))
     packs: list[list[int]] = []
     for begin in range(0, len(order), _WINDOW):
         part = order[begin : begin + _WINDOW]
         packs += _best_fit(part[np.argsort(-length[part], kind="stable")], length, size)
     return [packs[i] for i in rng.permutation(len(packs))]
+
+
+def _require_room(length: NDArray[np.int64], size: int) -> None:
+    if len(length) and length.max() > size:
+        row = int(length.argmax())
+        raise ConfigError(
+            f"row {row} has {length[row]} tokens and a pack only {size}: a target would be cut off",
+            where="packing",
+            remedy="raise pack_tokens, or lower max_history, window, negatives or prompt_tokens",
+        )
 
 
 def _best_fit(rows: NDArray[np.int64], length: NDArray[np.int64], size: int) -> list[list[int]]:
@@ -57,6 +61,7 @@ class Plan:
     """
 
     def __init__(self, lengths: NDArray[np.int64], *, pack_tokens: int, packs_per_step: int, seed: int) -> None:
+        _require_room(lengths, pack_tokens)  # before anything is trained or measured
         self._lengths, self._size, self._seed = lengths, pack_tokens, seed
         self._epoch = -1
         self._packs: list[list[int]] = []

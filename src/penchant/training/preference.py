@@ -1,12 +1,13 @@
 """Rows of preference training: a history's items, and behind some of them the retrieved items that weren't taken.
 
 S-DPO (Chen et al. 2024) spends a whole prompt on each target and again on each rival. Here the history
-is run once and the rivals hang behind it as branches.
+is run once and the rivals hang behind it as branches. With `beside`, what the retriever thinks of each is part of the
+row, and the model is trained on what is left to say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -31,9 +32,9 @@ def preference_rows(corpus: Corpus, config: PreferenceConfig, retriever: Retriev
     for positions in corpus.train_positions:
         for start in range(0, len(positions), config.window):
             part = positions[start : start + config.window]
-            rivals = {int(p): _rivals(corpus, pool, at, int(p), config.negatives, rng) for p in part if int(p) in at}
-            if any(rivals.values()):
-                yield preference_row(corpus, part, rivals)
+            groups = {int(p): _group(corpus, pool, at[int(p)], int(p), config, rng) for p in part if int(p) in at}
+            if any(len(group) > 1 for group in groups.values()):
+                yield preference_row(corpus, part, groups)
 
 
 def valid_rows(corpus: Corpus, config: PreferenceConfig, retriever: Retriever, n: int) -> list[Row]:
@@ -42,41 +43,59 @@ def valid_rows(corpus: Corpus, config: PreferenceConfig, retriever: Retriever, n
     log = corpus.split.log
     pool = retriever.for_targets(targets, max(config.candidates, config.negatives + 1))
     rows = []
-    for i, p in enumerate(targets.position):
-        history = np.arange(log.before(int(p)).start, p)[-config.max_history :]
-        rivals = [int(c) for c in pool.items[i] if c >= 0 and c != log.item[p]][: config.negatives]
-        if len(history) and rivals:
-            rows.append(preference_row(corpus, np.append(history, p), {int(p): rivals}, held_out=True))
+    for i, p in enumerate(targets.position.tolist()):
+        history = np.arange(log.before(p).start, p)[-config.max_history :]
+        group = _group(corpus, pool, i, p, config, None)
+        if len(history) and len(group) > 1:
+            rows.append(preference_row(corpus, np.append(history, p), {p: group}, held_out=True))
     return rows
 
 
-def preference_row(
-    corpus: Corpus, positions: Positions, rivals: dict[int, list[int]], *, held_out: bool = False
-) -> Row:
-    """The events at ``positions`` as a trunk; ``rivals`` names items that hang where an event's own title begins."""
+# An item, and what the retriever thinks of it in nats. In a group the item that was taken comes first.
+Group = Sequence[tuple[int, float]]
+
+
+def preference_row(corpus: Corpus, positions: Positions, groups: Mapping[int, Group], *, held_out: bool = False) -> Row:
+    """The events at ``positions`` as a trunk; the rivals of ``groups`` hang where their event's own title begins."""
     if not held_out:
         corpus.require_past(positions[:-1], positions)
+    has_rivals = {p for p in positions.tolist() if len(groups.get(p, ())) > 1}
     # What stands behind the last target is trained on by nobody.
-    positions = positions[: 1 + max(i for i, p in enumerate(positions.tolist()) if rivals.get(p))]
+    positions = positions[: 1 + max(i for i, p in enumerate(positions.tolist()) if p in has_rivals)]
     log = corpus.split.log
     sequences = [corpus.item_tokens[int(i)] for i in log.item[positions]]
     builder = RowBuilder([*corpus.opening, *(t for s in sequences for t in s)], user=int(log.user[positions[0]]))
     at = len(corpus.opening)
     for p, sequence in zip(positions.tolist(), sequences, strict=True):
-        if rivals.get(p):
-            group = builder.supervise(at, len(sequence))
-            for item in rivals[p]:
-                builder.branch(at, corpus.item_tokens[item], group)
+        if p in has_rivals:
+            (_, lead), *rivals = groups[p]
+            group = builder.supervise(at, len(sequence), lead=lead)
+            for item, lead in rivals:
+                builder.branch(at, corpus.item_tokens[item], group, lead=lead)
         at += len(sequence)
-    targets = np.array([p for p in positions.tolist() if rivals.get(p)], dtype=np.int64)
+    targets = np.array([p for p in positions.tolist() if p in has_rivals], dtype=np.int64)
     return builder.build(positions[:-1], targets)
 
 
-def _rivals(
-    corpus: Corpus, pool: Candidates, at: dict[int, int], position: int, n: int, rng: np.random.Generator
-) -> list[int]:
+def _group(
+    corpus: Corpus,
+    pool: Candidates,
+    row: int,
+    position: int,
+    config: PreferenceConfig,
+    rng: np.random.Generator | None,
+) -> Group:
+    """The item taken and its rivals, drawn by ``rng`` or the best; alone where it must be found and wasn't."""
     own = int(corpus.split.log.item[position])
+    items = pool.items[row]
+    scores = pool.scores[row] if config.beside else np.zeros(len(items))
+    found = np.flatnonzero(items == own)
+    if config.beside and not found.size:
+        return [(own, 0.0)]
     # Two items of one title are one sequence: no preference can be learnt between them.
     title = corpus.item_tokens[own]
-    found = [int(c) for c in pool.items[at[position]] if c >= 0 and corpus.item_tokens[int(c)] != title]
-    return [found[i] for i in np.sort(rng.permutation(len(found))[:n])]
+    rivals = [i for i, c in enumerate(items.tolist()) if c >= 0 and corpus.item_tokens[c] != title]
+    if rng is not None:
+        rivals = [rivals[i] for i in np.sort(rng.permutation(len(rivals))[: config.negatives])]
+    taken = float(scores[found[0]]) if found.size else 0.0
+    return [(own, taken), *((int(items[i]), float(scores[i])) for i in rivals[: config.negatives])]

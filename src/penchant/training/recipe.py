@@ -275,7 +275,10 @@ class Recipe:
         if isinstance(config, ContrastiveConfig):
             return NearestScore(self.corpus, config, targets, self.tokenizer), "NDCG@10"
         found = self.retriever.for_targets(targets, config.candidates)
-        return LikelihoodScore(self.corpus, config, targets, found, self.tokenizer), "NDCG@10"
+        beside = isinstance(config, PreferenceConfig) and config.beside > 0
+        score = LikelihoodScore(self.corpus, config, targets, found, self.tokenizer)
+        # What is trained to stand beside the retriever is worth what the two are worth together.
+        return score, "fused NDCG@10" if beside else "NDCG@10"
 
 
 # Settings that leave the rows as they are. All others are part of the rows' hash: one that is forgotten here makes
@@ -308,6 +311,7 @@ _NOT_ROWS = {
     "checkpoint_every",
     "report_to",
     "beta",
+    "reference",
     "likelihood_weight",
     "temperature",
     "layer",

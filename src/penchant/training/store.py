@@ -14,7 +14,7 @@ from penchant.data.provenance import NONE, Rows
 from penchant.errors import DataError, StorageError
 from penchant.fetch import cache_folder
 from penchant.files import read_json, sha256_file, sha256_text, staged_folder, write_json
-from penchant.training.rows import ARRAYS, Row
+from penchant.training.rows import ARRAYS, FLOATS, Row
 
 _PROVENANCE = ("inputs", "targets")
 
@@ -38,7 +38,7 @@ class RowStore:
     def __getitem__(self, number: int) -> Row:
         row = self._table[int(number)]
         arrays: dict[str, Any] = {
-            name: np.asarray(row[name], np.float32 if name == "weight" else np.int32) for name in ARRAYS
+            name: np.asarray(row[name], np.float32 if name in FLOATS else np.int32) for name in ARRAYS
         }
         provenance: dict[str, Any] = {name: np.asarray(row[name], np.int64) for name in _PROVENANCE}
         return Row(user=int(row["user"]), **arrays, **provenance)
@@ -72,7 +72,7 @@ def stored_rows(
     ``dropped`` counts, while rows are made, the events that fitted into no prompt.
     datasets' own caching is not used: its fingerprints hash code by pickling it.
     """
-    name = sha256_text("training rows 2", *key)[:32]
+    name = sha256_text("training rows 3", *key)[:32]
     at = (cache_folder() if folder is None else folder) / "rows" / name
     if not at.is_dir():
         with staged_folder(at) as stage:
@@ -107,7 +107,7 @@ def _write(make: Callable[[], Iterator[Row]], stage: Path) -> None:
 
     features = datasets.Features(
         {
-            **{n: datasets.List(datasets.Value("float32" if n == "weight" else "int32")) for n in ARRAYS},
+            **{n: datasets.List(datasets.Value("float32" if n in FLOATS else "int32")) for n in ARRAYS},
             **{n: datasets.List(datasets.Value("int64")) for n in _PROVENANCE},
             **{n: datasets.Value("int64") for n in ("user", "length", "n_targets")},
         }
