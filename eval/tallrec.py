@@ -4,9 +4,10 @@
         --work runs/tallrec --out eval/results/tallrec-movie.json
 
 Examples are drawn by seed from the task's training rows (eval/tasks/tallrec-movie.yaml). Of four points of a run (every
-quarter of its steps) the one with the best AUC on the first 200 of its validation rows (or --eval-users, if more) is
-kept. Its test rows are scored once a run: log p(Yes) - log p(No) in one forward a row. What is published stands in the
-task. What is measured is kept in --work.
+quarter of its steps) the one with the best AUC on 200 of its validation rows (or --eval-users, if more) is
+kept. Its test rows are scored once a run: log p(Yes) - log p(No) in one forward a row. Beside it stands what needs no
+LLM (the user's share of likes; with all training rows' histories and answers also the item's), and both together. What
+is published stands in the task. What is measured is kept in --work.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from penchant.environment import commit_of, environment
 from penchant.errors import ConfigError
 from penchant.evaluation.readers import YesNo, YesNoRow, folder_of, read_yes_no
 from penchant.evaluation.tasks import load_task
-from penchant.evaluation.yes_no import answer_margins, yes_no_report
+from penchant.evaluation.yes_no import answer_margins, weighed_on, yes_no_report
 from penchant.files import read_json, sha256_file, write_json
 from penchant.training.checkpoints import load_checkpoint
 from penchant.training.config import YesNoConfig
@@ -53,7 +54,8 @@ def main(
     if not isinstance(data, YesNo) or folder is None:
         raise ConfigError("the task is not one of yes and no", where="tallrec-movie")
     base = base.model_copy(update={"examples": str(folder / data.train), "valid_examples": str(folder / data.valid)})
-    test, train = (read_yes_no(data, part, data_dir) for part in ("test", "train"))
+    test, train, valid = (read_yes_no(data, part, data_dir) for part in ("test", "train", "valid"))
+    parts = test, train, weighed_on(valid, 0)
     runs = []
     for n in [None, *size]:
         for seed in range(seeds if n is not None else 1):
@@ -61,11 +63,14 @@ def main(
             label = "untuned" if n is None else "all" if n == 0 else str(n)
             kept = work / f"{label}-{seed}.json"
             if not kept.is_file():
-                write_json(kept, _run(settings, test, train, work / f"{label}-{seed}", tune=n is not None))
+                write_json(kept, _run(settings, *parts, work / f"{label}-{seed}", tune=n is not None))
             runs.append({"examples": label, "seed": seed, **read_json(kept)})
             typer.echo(runs[-1])
     summary = {
-        label: _spread([r["auc"] for r in runs if r["examples"] == label])
+        label: {
+            system: _spread([r["systems"][system]["AUC"]["mean"] for r in runs if r["examples"] == label])
+            for system in runs[0]["systems"]
+        }
         for label in dict.fromkeys(r["examples"] for r in runs)
     }
     write_json(
@@ -84,7 +89,13 @@ def main(
 
 
 def _run(
-    settings: YesNoConfig, test: list[YesNoRow], train: list[YesNoRow], folder: Path, *, tune: bool
+    settings: YesNoConfig,
+    test: list[YesNoRow],
+    train: list[YesNoRow],
+    valid: list[YesNoRow],
+    folder: Path,
+    *,
+    tune: bool,
 ) -> dict[str, Any]:
     recipe = Recipe("yes_no", settings, None)
     trained: dict[str, Any] = {}
@@ -100,10 +111,10 @@ def _run(
     begun = time.perf_counter()
     margins = answer_margins(engine, recipe.templates, test, prompt_tokens=settings.prompt_tokens)
     seconds = round(time.perf_counter() - begun, 1)
-    found = yes_no_report(margins, test, train).rows[0].metrics
+    held = answer_margins(engine, recipe.templates, valid, prompt_tokens=settings.prompt_tokens)
+    report = yes_no_report(margins, test, train, valid=(valid, held))
     return {
-        "auc": found["AUC"].mean,
-        "metrics": {name: asdict(one) for name, one in found.items()},
+        "systems": {row.system: {name: asdict(one) for name, one in row.metrics.items()} for row in report.rows},
         "n_test": len(test),
         "test_seconds": seconds,
         **trained,

@@ -247,7 +247,13 @@ def test_a_yes_no_task_asks_the_run_s_own_llm(penchant: Call, ready: Any, tmp_pa
     ended = penchant(*asked, "--json", tmp_path / "r.json", "--html", tmp_path / "r.html")
     assert ended.code == 0, ended.err
     report = json.loads((tmp_path / "r.json").read_text())
-    assert [row["system"] for row in report["rows"]] == ["llm yes_no", "the share of yes in training"]
+    assert [row["system"] for row in report["rows"]] == [
+        "llm yes_no",
+        "llm yes_no and shares of likes of user and item",
+        "shares of likes of user and item",
+        "share of likes in the user's history",
+        "the share of yes in training",
+    ]
     assert set(report["rows"][0]["metrics"]) == {"AUC", "log loss", "accuracy"}
     assert report["published"][0]["metrics"] == {"AUC": 0.6}
     refused = penchant(*asked, "-k", 3)

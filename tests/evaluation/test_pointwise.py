@@ -131,7 +131,7 @@ def test_the_report_of_answers_stands_beside_the_training_share() -> None:
     rows = [YesNoRow(("A",), (), "t", i % 2 == 0, f"u{i % 4}" if i < 40 else "u9") for i in range(60)]
     margins = np.array([3.0 if row.label else -3.0 for row in rows])
     report = yes_no_report(margins, rows, rows[:9])
-    llm, share = report.rows
+    llm, _, _, share = report.rows
     assert (llm.metrics["AUC"].mean, llm.metrics["accuracy"].mean) == (1.0, 1.0)
     assert llm.metrics["GAUC"].mean == 1.0
     assert llm.metrics["log loss"].mean == pytest.approx(math.log1p(math.exp(-3)))

@@ -179,7 +179,7 @@ def _yes_no_task(name: str) -> Task | None:
 def _evaluate_yes_no(model: Recommender, task: Task, data_dir: Path | None, seed: int, given: list[str]) -> Report:
     """The answers of the run's own LLM and templates to the task's rows; its data and encoder take no part."""
     from penchant.evaluation.readers import YesNo, read_yes_no
-    from penchant.evaluation.yes_no import answer_margins, yes_no_report
+    from penchant.evaluation.yes_no import answer_margins, weighed_on, yes_no_report
 
     if given:
         raise ConfigError(
@@ -187,16 +187,19 @@ def _evaluate_yes_no(model: Recommender, task: Task, data_dir: Path | None, seed
         )
     if not isinstance(task.data, YesNo) or data_dir is None:
         raise ConfigError("the task reads files", where=task.about, remedy="give --data-dir")
-    rows, train = (read_yes_no(task.data, part, data_dir) for part in ("test", "train"))
+    rows, train, valid = (read_yes_no(task.data, part, data_dir) for part in ("test", "train", "valid"))
+    held = weighed_on(valid, seed)
+    asked = [*rows, *held]
     with progress() as stages:
         margins = answer_margins(
             model.engine,
             model.templates,
-            rows,
+            asked,
             prompt_tokens=model.config.prompt_tokens,
-            progress=stages("ask the LLM", len(rows)),
+            progress=stages("ask the LLM", len(asked)),
         )
-    report = yes_no_report(margins, rows, train, seed=seed)
+    n = len(rows)
+    report = yes_no_report(margins[:n], rows, train, valid=(held, margins[n:]) if held else None, seed=seed)
     report.settings.update(templates=model.templates.hash(), model=model.fingerprint, engine=model.engine_source)
     report.published.extend(one.model_dump(mode="json") for one in task.published)
     return report

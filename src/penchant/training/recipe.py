@@ -192,7 +192,10 @@ class Recipe:
             hard = self.retriever if "hard" in config.negatives else None
             rows = yes_no.valid_rows(self.corpus, config, hard, _VALID_ROWS)
         elif isinstance(config, YesNoConfig) and config.valid_examples is not None:
-            rows = list(self._example_rows(config.valid_examples))[: max(_VALID_ROWS, config.eval_users)]
+            every = list(self._example_rows(config.valid_examples))
+            # A sample: such files stand in order of users.
+            drawn = np.random.default_rng(config.seed).permutation(len(every))[: max(_VALID_ROWS, config.eval_users)]
+            rows = [every[i] for i in np.sort(drawn)]
         if self.split is not None and "examples" not in self.example_files:
             check_rows(self.split, rows, "valid")
         return rows
