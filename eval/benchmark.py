@@ -69,7 +69,8 @@ def main(
     systems: Annotated[str | None, typer.Option(help=f"Some of: {', '.join(SYSTEMS)}; separated by commas.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Instead of the task's: whole numbers separated by commas.")] = None,
     model: Annotated[str, typer.Option(help="A known name, a model's folder, or a hub id.")] = "smollm2-135m",
-    adapter: Annotated[str | None, typer.Option(help="A peft adapter.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A peft adapter, for vectors and ranking.")] = None,
+    ranker: Annotated[str | None, typer.Option(help="A peft adapter that ranks; vectors are made without it.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
     """Run each task with each of its seeds; go on where an earlier run of the same was cut off."""
@@ -92,6 +93,10 @@ def main(
         quiet_libraries()
         return pt.load_engine(model, adapter, dtype=dtype)  # type: ignore[arg-type]
 
+    def ranks() -> Any:
+        quiet_libraries()
+        return pt.load_engine(model, ranker, dtype=dtype)  # type: ignore[arg-type]
+
     for name, task in loaded.items():
         begun = time.perf_counter()
 
@@ -106,6 +111,7 @@ def main(
             engine,
             data_dir,
             chosen,
+            None if ranker is None else ranks,
             say=say,
             stamp=commit_of(Path(__file__).resolve().parent),
         )

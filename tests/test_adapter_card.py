@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from penchant.adapter_card import CARD, check_data
+from penchant.adapter_card import CARD, check_data, described
 from penchant.errors import ConfigError
 from penchant.files import write_json
 
@@ -57,3 +57,17 @@ def test_other_data_and_no_card_are_said(tmp_path: Path) -> None:
 def test_a_card_that_names_its_own_folder_is_read_once(tmp_path: Path) -> None:
     own = trained(tmp_path / "a", "other", LAST, model=str(tmp_path / "a"))
     assert check_data({"model": own}, "d", LAST) == [f"{own} was trained on other data; {UNKNOWN}"]
+
+
+def test_how_an_adapter_was_trained_is_told_from_its_first_recipe_on(tmp_path: Path) -> None:
+    first = trained(tmp_path / "a", "d", LAST, start_from=None)
+    second = trained(tmp_path / "b", "d", LAST, start_from=first)
+    for folder, recipe, steps in ((first, "next_item", 504), (second, "preference", 300)):
+        card = {"recipe": recipe, "outcome": {"best_step": steps - 4, "steps": steps, "seconds": 600.0}}
+        card["config"] = {"start_from": first if folder == second else None}
+        write_json(Path(folder) / CARD, card)
+    told = "next_item (500 of 504 steps, 10 min), then preference (296 of 300 steps, 10 min)"
+    assert described({"model": "m", "adapter": second}) == told
+    assert described({"adapter": None}) == described(None) == "its card does not say how it was trained"
+    write_json(Path(first) / CARD, {"recipe": "choose", "config": {"start_from": first}})
+    assert described({"adapter": first}).count("choose") == 10  # a card that names itself ends too

@@ -263,6 +263,57 @@ def test_what_cannot_be_embedded_is_refused() -> None:
     assert "new" in ranked.with_ranker(Asked()).recommend(text="Up Again (2030)", k=17)["item_id"]
 
 
+class Tuned(Asked):
+    """Another model, which ranks in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fingerprint = "tuned"
+
+    def _logprob(self, prompt: Any, tokens: Any) -> float:
+        return super()._logprob([*prompt, 7], tokens)
+
+
+def test_a_fit_with_a_ranker_is_a_fit_whose_ranker_was_changed(tmp_path: Path) -> None:
+    config = FitConfig(encoder=EncoderConfig.model_validate(ENCODER), candidates=5, validation_users=5)
+    split, embeds, ranks = leave_last_out(dataset()), Asked(), Tuned()
+    fitted = Recommender.fit(split, embeds, config, ranker=ranks)
+    assert (embeds.scored, ranks.embedded) == (0, 0)
+    changed = Recommender.fit(split, Asked(), config).with_ranker(Tuned())
+    for model in (fitted, changed):
+        model.fusion = Fusion(0.5, 0.5)
+    assert fitted.recommend(["u1", "u2"], 5).equals(changed.recommend(["u1", "u2"], 5))
+    assert (fitted.fingerprint, fitted.embedder) == (changed.fingerprint, changed.embedder)
+    fitted.add_items([NEW])  # the one that embeds is at hand
+    changed.save(tmp_path / "run")
+    loaded = Recommender.load(tmp_path / "run", Tuned())
+    assert loaded.recommend(["u1", "u2"], 5).equals(changed.recommend(["u1", "u2"], 5))
+    with pytest.raises(ModelError, match="another model's"):
+        loaded.add_items([NEW])  # these fakes can't say how to load them
+
+
+def test_the_model_that_made_the_vectors_is_loaded_when_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FitConfig(encoder=EncoderConfig.model_validate(ENCODER), candidates=5, validation_users=5)
+    embeds: Any = Asked()
+    embeds.source = {"model": "a model", "adapter": None, "dtype": "float32"}
+    Recommender.fit(leave_last_out(dataset()), embeds, config, ranker=Tuned()).save(tmp_path / "run")
+    given: list[dict[str, Any]] = []
+
+    def load(**source: Any) -> Asked:
+        given.append(source)
+        return Asked()
+
+    monkeypatch.setattr("penchant.engine.loading.load_engine", load)
+    model = Recommender.load(tmp_path / "run", Tuned())
+    model.recommend(["u1"], 5)
+    assert given == []
+    model.add_items([NEW])
+    model.recommend(text="a comedy", k=3)
+    assert given == [embeds.source]
+
+
 class LastLayer(Asked):
     """As vLLM: it embeds at its last layer only."""
 

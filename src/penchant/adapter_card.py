@@ -27,6 +27,19 @@ def trained_part(source: Mapping[str, Any] | None) -> str | None:
     return source.get("adapter") or source.get("model")
 
 
+def described(source: Mapping[str, Any] | None) -> str:
+    """How an engine's adapter was trained, recipe by recipe, by its card and those of what it went on from."""
+    told, folder = list[str](), (source or {}).get("adapter")
+    while (card := read_card(folder)) is not None and len(told) < 10:
+        outcome = card.get("outcome") or {}
+        minutes = (outcome.get("seconds") or 0) / 60
+        told.append(
+            f"{card.get('recipe')} ({outcome.get('best_step')} of {outcome.get('steps')} steps, {minutes:.0f} min)"
+        )
+        folder = (card.get("config") or {}).get("start_from")
+    return ", then ".join(reversed(told)) or "its card does not say how it was trained"
+
+
 def check_templates(adapter: str | Path | None, templates: Templates) -> None:
     """ConfigError where what we trained was trained with another text of a template than it would be served with."""
     card = read_card(adapter)

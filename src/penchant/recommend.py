@@ -59,6 +59,7 @@ class Recommender(Updated):
         engine: Engine,
         config: FitConfig | None = None,
         *,
+        ranker: Engine | None = None,
         prompts: Path | str | None = None,
         stages: Stages = silent,
         on_epoch: Callable[[int, float, float], None] | None = None,
@@ -66,12 +67,16 @@ class Recommender(Updated):
         """Embed the items, train the encoder on train, choose the fusion on valid. Test is never looked at.
 
         A Dataset is for production: its users' last events are held out for validation and nothing for a
-        test. ``prompts`` is a folder whose templates replace the shipped ones of the same name.
+        test. ``ranker`` is another engine, such as an adapter on the same model, that ranks and generates;
+        ``engine`` then makes the vectors alone. ``prompts`` is a folder whose templates replace the shipped ones
+        of the same name.
         """
         config = config or FitConfig()
         split = data if isinstance(data, Split) else leave_last_out(data, test=False)
         templates = Templates(prompts)
-        check_templates(trained_part(engine.source), templates)  # now, not when the encoder is trained
+        ranks = engine if ranker is None else ranker
+        for one in (engine, ranks):
+            check_templates(trained_part(one.source), templates)  # now, not when the encoder is trained
         seconds: dict[str, float] = {}
 
         @contextmanager
@@ -118,15 +123,18 @@ class Recommender(Updated):
             texts=rendered.texts,
             vectors=vectors,
             encoder=encoder,
-            engine_source=getattr(engine, "source", None),
-            fingerprint=engine.fingerprint,
+            engine_source=ranks.source,
+            fingerprint=ranks.fingerprint,
+            embedder=None if ranker is None else {"fingerprint": engine.fingerprint, "source": engine.source},
             columns=columns,
             words=words,
             seconds=seconds,
             training=training,
             warnings=notes,
         )
-        model.use_engine(engine)
+        model.use_engine(ranks)
+        if ranker is not None:
+            model.use_embedder(engine)
         with timed("choose the fusion"):
             model.fusion = model._choose_fusion(split.valid, stages)
         model.prior = model.ranker.prior

@@ -126,16 +126,24 @@ class Served(Fitted):
         self._other = engine
 
     def _embedder(self) -> Engine:
-        """The engine that embeds as the item vectors were made; ModelError where only another one is there."""
+        """The engine that embeds as the item vectors were made, loaded when first needed; ModelError where the run does
+        not say how.
+        """
         if self._other is not None:
             return self._other
-        if self.embedder is not None and self.embedder["fingerprint"] != self.engine.fingerprint:
+        if self.embedder is None or self.embedder["fingerprint"] == self.engine.fingerprint:
+            return self.engine
+        if self.embedder["source"] is None:
             raise ModelError(
                 "the item vectors are another model's than the one that ranks",
                 where="engine",
                 remedy="give that model's engine too: Recommender.load(run, engine, embedder=...) or use_embedder(...)",
             )
-        return self.engine
+        from penchant.engine.loading import load_engine
+
+        engine = load_engine(**self.embedder["source"])
+        self.use_embedder(engine)
+        return engine
 
     def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Texts as the item vectors were made, (n, d) unscaled; not kept, for they are somebody's words."""

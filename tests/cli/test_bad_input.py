@@ -440,9 +440,12 @@ def test_fit_with_a_model_that_is_not_there(refuse: Refuse, ready: Any, tmp_path
 @pytest.mark.parametrize(
     ("adapter", "said"), [("nope", "no such adapter folder"), ("empty", "has no adapter_config.json")]
 )
-def test_fit_with_an_adapter_that_is_none(refuse: Refuse, ready: Any, tmp_path: Path, adapter: str, said: str) -> None:
+@pytest.mark.parametrize("option", ["--adapter", "--ranker"])
+def test_fit_with_an_adapter_that_is_none(
+    refuse: Refuse, ready: Any, tmp_path: Path, option: str, adapter: str, said: str
+) -> None:
     (tmp_path / "empty").mkdir()
-    refuse(*ready.fit, "--adapter", adapter, "--out", "out", said=[adapter, said, "remedy: "])
+    refuse(*ready.fit, option, adapter, "--out", "out", said=[adapter, said, "remedy: "])
 
 
 # -- the cache of vectors ----------------------------------------------------------------------

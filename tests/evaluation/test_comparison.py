@@ -307,6 +307,35 @@ def test_the_full_model_is_the_encoder_that_validation_chose(data: Path) -> None
     assert fitted(data, ["full"], made) == ["encoder: ids + text 0"]
 
 
+def test_another_llm_ranks_behind_the_vectors_of_the_first(data: Path) -> None:
+    class Tuned(FakeEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fingerprint = "tuned"
+
+        def _logprob(self, prompt: Any, tokens: Any) -> float:
+            return 0.5 * super()._logprob([*prompt, 7], tokens)
+
+        def embed(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("the vectors are the first one's")
+
+    plain, tuned = comparison(data, ["full"]), comparison(data, ["full"], load_ranker=Tuned)
+    (one,), (other,) = plain.run()["runs"], tuned.run()["runs"]
+    assert other["settings"]["model"] == "tuned"
+    assert any("an adapter: its card does not say" in note for note in other["notes"])
+
+    def llm(run: dict[str, Any]) -> list[float]:
+        return [r["metrics"]["NDCG@10"]["mean"] for r in run["rows"] if r["system"].startswith("llm")]
+
+    def encoder(run: dict[str, Any]) -> list[float]:
+        return [r["metrics"]["NDCG@10"]["mean"] for r in run["rows"] if r["system"].startswith("encoder")]
+
+    assert encoder(one) == encoder(other)
+    assert llm(one) != llm(other)
+    # Each is stored under its own key: the first is not taken for the second, nor the second for the first.
+    assert comparison(data, ["full"]).run()["runs"][0]["rows"] == one["rows"]
+
+
 def test_the_limit_of_time_leaves_systems_out_and_says_so(data: Path) -> None:
     said: list[str] = []
     quick = comparison(data, SMALL, task(seconds=1e-9))

@@ -11,13 +11,17 @@ from tests.training.helpers import distinct
 
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, leave_last_out
+from penchant.interest.behaviour import Behaviour
+from penchant.interest.beside import fit_beside
+from penchant.interest.encoder import InterestEncoder
+from penchant.interest.search import score_all
 from penchant.interest.train import train_encoder
 from penchant.training.candidates import Retriever
 
 
-def retriever(split: Split, key: str, epochs: int = 3) -> Retriever:
+def retriever(split: Split, key: str, epochs: int = 3, neighbours: int = 0) -> Retriever:
     vectors = np.random.default_rng(0).normal(size=(split.log.n_items, 8)).astype(np.float32)
-    return Retriever(split, vectors, epochs=epochs, seed=5, key=(key,))
+    return Retriever(split, vectors, epochs=epochs, seed=5, key=(key,), neighbours=neighbours)
 
 
 class Spy:
@@ -28,17 +32,19 @@ class Spy:
         self.stopped: list[set[int]] = []
         self.retrieved: list[set[int]] = []
         self.matrices: list[Any] = []
+        self.encoders: list[InterestEncoder] = []
         monkeypatch.setattr("penchant.training.candidates.train_encoder", self)
 
     def __call__(self, sequences: Any, n_items: int, text: Any, config: Any, validate: Any) -> Any:
         self.trained.append({int(i) for s in sequences for i in s})
         encoder, log = train_encoder(sequences, n_items, text, config, validate)
         self.matrices.append(encoder.item_matrix())
+        self.encoders.append(encoder)
         seen: set[int] = set()
         plain = encoder.encode
 
         def recording(histories: Any, **more: Any) -> Any:
-            seen.update(int(i) for h in histories for i in h)
+            seen.update(int(i) for h in histories for i in Behaviour.of(h).item)
             return plain(histories, **more)
 
         encoder.encode = recording  # type: ignore[method-assign]
@@ -120,6 +126,34 @@ def test_candidates_are_best_first_and_hold_nothing_of_the_history(toy: Dataset)
         assert len(set(row[real].tolist())) == real.sum()
         assert (np.diff(scores[real]) <= 0).all()
         assert not real[int(real.sum()) :].any(), "padding stands at the end"
+
+
+def test_what_stood_near_in_training_histories_is_part_of_the_score(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset
+) -> None:
+    """The retriever's candidates are those of a fit with neighbours: every item's score, bonus included, in order."""
+    split = leave_last_out(toy)
+    spy = Spy(monkeypatch)
+
+    def weighed(encoder: InterestEncoder, *given: Any) -> None:
+        fit_beside(encoder, *given)
+        assert encoder.neighbours is not None
+        encoder.neighbours.weight.fill_(0.3)  # so tiny a validation may want none
+
+    monkeypatch.setattr("penchant.training.candidates.fit_beside", weighed)
+    valid = split.valid
+    found = retriever(split, "near", neighbours=4).for_targets(valid, 6)
+    (encoder,) = spy.encoders
+    histories = [valid.history(i) for i in range(len(valid))]
+    scores = score_all(encoder, encoder.item_matrix(), histories)
+    for row, history in zip(scores, histories, strict=True):
+        row[history] = -np.inf
+    best = np.sort(scores, axis=1)[:, ::-1][:, :6]
+    there = np.isfinite(found.scores)
+    np.testing.assert_allclose(found.scores[there], best[there], rtol=1e-5)
+    monkeypatch.undo()
+    plain = retriever(split, "near").for_targets(valid, 6)
+    assert not np.array_equal(found.scores, plain.scores)
 
 
 def test_events_without_a_history_get_no_candidates(toy: Dataset) -> None:

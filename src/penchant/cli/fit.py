@@ -31,6 +31,9 @@ def fit_command(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; not needed with --dry-run.")] = None,
     model: Annotated[str, typer.Option(help="A known name, a model's folder, or a hub id.")] = "smollm2-135m",
     adapter: Annotated[str | None, typer.Option(help="A peft adapter: folder or hub id.")] = None,
+    ranker: Annotated[
+        str | None, typer.Option(help="A peft adapter that ranks and generates; the vectors are made without it.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     split: Annotated[
@@ -98,8 +101,9 @@ def fit_command(
         for name, mib in estimate.memory_mib.items():
             typer.echo(f"memory: {name:<40} {mib:>10,.0f} MiB")
         return
+    ranks = None if ranker is None else load_engine(model, ranker, dtype=dtype, device=device)  # type: ignore[call-overload]
     with progress() as stages:
-        fitted = Recommender.fit(cut, engine, chosen, prompts=prompts, stages=stages)
+        fitted = Recommender.fit(cut, engine, chosen, ranker=ranks, prompts=prompts, stages=stages)
     for warning in fitted.warnings:
         err.print(f"warning: {warning}")
     last = max(fitted.training, key=lambda epoch: epoch["valid"])

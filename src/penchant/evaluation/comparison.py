@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penchant import __version__
+from penchant.adapter_card import described
 from penchant.data.provenance import LeakCheck
 from penchant.environment import environment
 from penchant.errors import ConfigError
@@ -79,7 +81,8 @@ SYSTEMS: tuple[str, ...] = (*(name for name in NAMES if name != "llm"), *VARIANT
 
 @dataclass(eq=False)
 class Comparison(Prepared):
-    """One task being run into ``folder``. ``load`` brings the LLM, when it is first needed.
+    """One task being run into ``folder``. ``load`` brings the LLM, when it is first needed, and ``load_ranker`` one
+    that ranks in its place, such as an adapter: the vectors stay the LLM's.
 
     ``systems`` are some of SYSTEMS; without them the task's baselines, our variants and the full model. ``stamp`` (the
     commit, say) goes into the result as it is, and into the record of each system made now: another run may have
@@ -92,6 +95,7 @@ class Comparison(Prepared):
     load: Callable[[], Engine]
     data_dir: Path | None = None
     systems: Sequence[str] = ()
+    load_ranker: Callable[[], Engine] | None = None
     stages: Stages = silent
     say: Callable[[str], None] = lambda line: None
     stamp: Mapping[str, Any] = field(default_factory=dict)
@@ -116,6 +120,11 @@ class Comparison(Prepared):
             )
         self.store = Store(self.folder / self.name)
         self.begun = time.perf_counter()
+
+    @cached_property
+    def ranker(self) -> Engine:
+        """The LLM that ranks behind the encoder."""
+        return self.engine if self.load_ranker is None else self.load_ranker()
 
     def key(self, name: str, seed: int, **more: Any) -> str:
         """Of all that decides this system's result."""
@@ -243,7 +252,8 @@ class Comparison(Prepared):
         full = BOTH in done and FULL in self.systems and self._time_left(f"the full model, seed {seed}")
         kind = FULL if full else "table"
         parts = {name: one.record["fit"] for name, one in done.items()}
-        key = self.key(kind, seed, parts=parts, protocol=protocol.to_dict(), left_out=self.left_out)
+        ranker = {"ranker": self.ranker.fingerprint} if full and self.load_ranker is not None else {}
+        key = self.key(kind, seed, parts=parts, protocol=protocol.to_dict(), left_out=self.left_out, **ranker)
         stored = self.store.record(kind, seed, key)
         if stored is not None:
             self.say(f"report, seed {seed}: stored")
@@ -323,13 +333,15 @@ class Comparison(Prepared):
                 fingerprint=self.engine.fingerprint,
                 columns=columns,
                 words=words,
-            ).with_ranker(self.engine, stages=self.stages)
+            ).with_ranker(self.ranker, stages=self.stages)
             targets = self.asked.targets
             checked = self.checked + check_model(model, targets, targets.take(protocol.sampled(targets)))
             report = self._table(done, protocol, checked, model)
         report.notes.append(
             f"the LLM's weight was chosen on {model.fusion.n_users:,} validation users, besides the encoder's budget"
         )
+        if self.load_ranker is not None:
+            report.notes.append(f"the LLM that ranks is an adapter: {described(self.ranker.source)}")
         report.seconds.update({name: round(value, 2) for name, value in model.seconds.items()})
         return report
 

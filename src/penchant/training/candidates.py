@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from penchant.cached import cached_array
 from penchant.data.history import Targets
 from penchant.data.split import Split
+from penchant.interest.beside import fit_beside
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
 from penchant.interest.fit import encoder_ndcg, training_sequences
-from penchant.interest.index import ExactIndex
+from penchant.interest.search import index_of, search
 from penchant.interest.train import train_encoder
 from penchant.interest.vectors import standardise
 
@@ -34,10 +35,17 @@ class Retriever:
     """Trains encoders on parts of a split's users and retrieves for the others; answers are kept in the cache."""
 
     def __init__(
-        self, split: Split, vectors: NDArray[np.float32], *, epochs: int, seed: int, key: Sequence[str]
+        self,
+        split: Split,
+        vectors: NDArray[np.float32],
+        *,
+        epochs: int,
+        seed: int,
+        key: Sequence[str],
+        neighbours: int = 0,
     ) -> None:
         self._split, self._vectors, self._seed = split, vectors, seed
-        self._config = EncoderConfig(epochs=epochs, seed=seed)
+        self._config = EncoderConfig(epochs=epochs, seed=seed, neighbours=neighbours)
         self._key = (split.dataset.content_hash, repr(sorted(split.spec.items())), self._config.model_dump_json(), *key)
 
     def for_targets(self, targets: Targets, k: int) -> Candidates:
@@ -68,10 +76,10 @@ class Retriever:
                 if rows.size:
                     encoder = self._encoder(f, folds)
                     histories = [targets.history(int(i)) for i in rows]
-                    items, scores = ExactIndex(encoder.item_matrix()).search(
-                        encoder.encode(histories), k, exclude=histories
-                    )
-                    out[rows, :, 0], out[rows, :, 1] = items, scores
+                    interest = encoder.encode(histories)
+                    bonus = encoder.bonus(histories, interest)
+                    found = search(index_of(encoder), interest, k, exclude=histories, bonus=bonus)
+                    out[rows, :, 0], out[rows, :, 1] = found
             return out
 
         found = cached_array("candidates", key, compute)
@@ -97,4 +105,5 @@ class Retriever:
             self._config,
             lambda model: encoder_ndcg(model, histories, stopping.item),
         )
+        fit_beside(encoder, sequences, histories, stopping.item)
         return encoder

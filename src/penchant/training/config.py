@@ -67,6 +67,7 @@ class TrainConfig(BaseModel):
     max_rows: int | None = Field(default=None, ge=1, description="a seeded sample of the rows, at most this many")
     candidates: int = Field(default=20, ge=1, description="retrieved items that validation ranks")
     retriever_epochs: int = Field(default=20, ge=1, description="epochs of the encoder that retrieves them")
+    retriever_neighbours: int = Field(default=0, ge=0, description="neighbours that it remembers, as in `penchant fit`")
     eval_users: int = Field(default=100, ge=0, description="validation users for NDCG@10; 0: loss only")
     eval_every: int | None = Field(default=None, ge=1, description="steps between validations; None: four in the run")
     eval_minutes: list[float] = Field(default_factory=list, description="also validate and keep at these minutes")

@@ -110,6 +110,7 @@ class Recipe:
             epochs=self.config.retriever_epochs,
             seed=self.config.seed,
             key=(name, self.templates.hash("item")),
+            neighbours=self.config.retriever_neighbours,
         )
 
     def _vectors(self, name: str) -> NDArray[np.float32]:
