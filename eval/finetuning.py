@@ -2,13 +2,15 @@
 
     python eval/finetuning.py next_item --data data/ml-100k --work runs/curves --minutes 10 --minutes 30 \
         --out eval/results/finetuning-next_item.json
-    python eval/finetuning.py preference --start-from runs/curves/next_item --minutes 10 ... --out ...
+    python eval/finetuning.py preference --start-from runs/curves/next_item --minutes 10 \
+        --untuned runs/curves/next_item-step-0000000.npz ... --out ...
 
 Trains one recipe for the last of --minutes, keeps it at each of them, and measures every one (and the model before
 training) on test users: held-out loss; NDCG@10 and HR@10 of the encoder's candidates in the order of the LLM alone,
 the LLM calibrated, and fused, with weights chosen on validation users; and paired differences of the fused order
 against the encoder alone and against the untuned fusion (--untuned: of another recipe's untuned point, where this one
-starts from an adapter). What is measured is kept in --work, so that a run that stopped goes on.
+starts from an adapter). What encoder and LLM say of the candidates is kept in --work, so that a run that stopped goes
+on.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from numpy.typing import NDArray
 
 import penchant as pt
 from penchant import metrics
-from penchant.data.history import Targets
 from penchant.environment import environment
 from penchant.evaluation.statistics import bootstrap_mean
-from penchant.files import read_json, write_json
-from penchant.rank import Fusion, Question, Ranker, choose_fusion
+from penchant.files import staged_file, write_json
+from penchant.fusion import Fusion, choose_fusion
+from penchant.rank import Question, Ranker
 from penchant.training.checkpoints import checkpoints, load_checkpoint
 from penchant.training.config import CONFIGS
 from penchant.training.held_out import held_out_loss
@@ -63,6 +65,8 @@ def main(
     """Train and measure. Every setting of the recipe is an option too."""
     if name not in QUESTION:
         raise typer.BadParameter(f"{name} has no order of candidates: use one of {', '.join(QUESTION)}")
+    if untuned is not None and not untuned.is_file():
+        raise typer.BadParameter(f"{untuned} is not there: measure the untuned point first")  # not after the training
     kind = CONFIGS[name]
     settings = read_settings(kind, config, context.args).model_copy(
         update={"max_minutes": max(minutes), "eval_minutes": sorted(minutes)[:-1], "patience": 10**6}
@@ -78,26 +82,24 @@ def main(
     log = read_log(folder / "log.jsonl")
     stops = _stops(folder, log, sorted(minutes))
     points: list[dict[str, Any]] = []
-    base = None if untuned is None else metrics.ndcg(np.array(read_json(untuned)["ranks"]["fused"]), 10)
+    base = None if untuned is None else ranks_of(_load(untuned))[1]["fused"]
     for label, trained, path in stops:
-        kept = work / f"{name}-{path.name}.json"
-        if kept.is_file():
-            point = read_json(kept)
-        else:
+        kept = work / f"{name}-{path.name}.npz"
+        if not kept.is_file():
             load_checkpoint(path, recipe.student, None)
-            point = {
-                "minutes": label,
-                "held_out_loss": held_out_loss(task, recipe.student, recipe.config),
-                **bench.measure(),
-            }
-            write_json(kept, point)
-        base = metrics.ndcg(np.array(point["ranks"]["fused"]), 10) if base is None else base
+            loss = held_out_loss(task, recipe.student, recipe.config)
+            with staged_file(kept) as stage, stage.open("wb") as handle:
+                np.savez(handle, held_out_loss=np.nan if loss is None else loss, **bench.scores())
+        point = _load(kept)
+        fusion, ranks = ranks_of(point)
+        base = ranks["fused"] if base is None else base
         points.append(
             {
-                **bench.table(point, base),
                 "minutes": label,
                 "minutes_trained": trained,
-                "held_out_loss": point["held_out_loss"],
+                "held_out_loss": float(point["held_out_loss"]),
+                "fusion": fusion.to_dict(),
+                **table(ranks, base),
             }
         )
         typer.echo(f"{label:g} minutes: {points[-1]}")
@@ -142,60 +144,76 @@ class Bench:
         self._parts = {"valid": split.valid.sample(validation_users, 0), "test": test}
         self._found = {name: recipe.retriever.for_targets(t, k) for name, t in self._parts.items()}
 
-    def _scores(self, part: str) -> tuple[list[Any], list[Any], list[Any], list[int]]:
-        targets: Targets = self._parts[part]
-        found, settings = self._found[part], self._recipe.config
-        rows = [row[row >= 0] for row in found.items]
-        engine = engine_of(self._recipe.student, self._recipe.tokenizer)
-        ranker = Ranker(
-            engine,
-            self._recipe.templates,
-            self._recipe.corpus.texts,
-            max_history=settings.max_history,
-            prompt_tokens=settings.prompt_tokens,
-            question=self._question,
-        )
-        with torch.inference_mode():
-            said = ranker.scores([targets.history(i) for i in range(len(targets))], rows)
-            ranker.priors(np.unique(np.concatenate(rows)))
-        interest = [found.scores[i][: len(row)] for i, row in enumerate(rows)]
-        places = [int(np.flatnonzero(r == t)[0]) if t in r else -1 for r, t in zip(rows, targets.item, strict=True)]
-        return interest, said, [ranker.prior[row] for row in rows], places
-
-    def measure(self) -> dict[str, Any]:
-        """Test ranks of each way of ordering, the weights chosen on validation."""
-        interest, said, prior, places = self._scores("valid")
-        fusion = choose_fusion(interest, said, prior, places)
-        # With an interest that says nothing, what is chosen is the calibration of the LLM alone.
-        alone = choose_fusion([np.zeros(len(e)) for e in interest], said, prior, places)
-        interest, said, prior, places = self._scores("test")
-        ways = {
-            "encoder": Fusion(0, 0),
-            "llm": Fusion(1, 0),
-            "llm calibrated": Fusion(1, 1),
-            "llm, calibration from validation": Fusion(1, alone.calibration),
-            "fused": fusion,
-        }
-        ranks = {name: _ranks(way, interest, said, prior, places) for name, way in ways.items()}
-        return {"fusion": fusion.to_dict(), "ranks": ranks}
-
-    def table(self, point: dict[str, Any], untuned: NDArray[np.float64]) -> dict[str, Any]:
-        """Means with intervals, and the paired differences of the fused order."""
-        ranks = {name: np.array(r) for name, r in point["ranks"].items()}
-        fused = metrics.ndcg(ranks["fused"], 10)
-        rows = {
-            name: {
-                "NDCG@10": _interval(metrics.ndcg(r, 10)),
-                "HR@10": _interval(metrics.recall(r, 10)),
+    def scores(self) -> dict[str, NDArray[Any]]:
+        """What encoder and LLM say of every part's candidates, rows one after another: see ``_part``."""
+        out: dict[str, NDArray[Any]] = {}
+        for name, targets in self._parts.items():
+            found, settings = self._found[name], self._recipe.config
+            rows = [row[row >= 0] for row in found.items]
+            ranker = Ranker(
+                engine_of(self._recipe.student, self._recipe.tokenizer),
+                self._recipe.templates,
+                self._recipe.corpus.texts,
+                max_history=settings.max_history,
+                prompt_tokens=settings.prompt_tokens,
+                question=self._question,
+            )
+            with torch.inference_mode():
+                said = ranker.scores([targets.history(i) for i in range(len(targets))], rows)
+                ranker.priors(np.unique(np.concatenate(rows)))
+            places = [int(np.flatnonzero(r == t)[0]) if t in r else -1 for r, t in zip(rows, targets.item, strict=True)]
+            flat = np.concatenate(rows)
+            out |= {
+                f"{name} n": np.array([len(row) for row in rows]),
+                f"{name} place": np.array(places),
+                f"{name} interest": np.concatenate([s[: len(r)] for s, r in zip(found.scores, rows, strict=True)]),
+                f"{name} said": np.concatenate(said),
+                f"{name} prior": ranker.prior[flat],
             }
-            for name, r in ranks.items()
-        }
-        return {
-            "fusion": point["fusion"],
-            "systems": rows,
-            "fused minus encoder, NDCG@10": _interval(fused - metrics.ndcg(ranks["encoder"], 10)),
-            "fused minus untuned fused, NDCG@10": _interval(fused - untuned),
-        }
+        return out
+
+
+def _load(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path, allow_pickle=False) as kept:
+        return dict(kept)
+
+
+def _part(point: dict[str, NDArray[Any]], name: str) -> tuple[list[Any], list[Any], list[Any], list[int]]:
+    """Interest, what the LLM says, prior (each a row a user), and the targets' places."""
+    ends = np.cumsum(point[f"{name} n"])[:-1]
+    interest, said, prior = (np.split(point[f"{name} {what}"], ends) for what in ("interest", "said", "prior"))
+    return interest, said, prior, point[f"{name} place"].tolist()
+
+
+def ranks_of(point: dict[str, NDArray[Any]]) -> tuple[Fusion, dict[str, NDArray[np.int64]]]:
+    """The fusion that validation chose, and the test targets' ranks in each way of ordering."""
+    interest, said, prior, places = _part(point, "valid")
+    fusion = choose_fusion(interest, said, prior, places)
+    # With an interest that says nothing, what is chosen is the calibration of the LLM alone.
+    alone = choose_fusion([np.zeros(len(e)) for e in interest], said, prior, places)
+    ways = {
+        "encoder": Fusion(0, 0),
+        "llm": Fusion(1, 0),
+        "llm calibrated": Fusion(1, 1),
+        "llm, calibration from validation": Fusion(1, alone.calibration),
+        "fused": fusion,
+    }
+    test = _part(point, "test")
+    return fusion, {name: np.array(_ranks(way, *test)) for name, way in ways.items()}
+
+
+def table(ranks: dict[str, NDArray[np.int64]], untuned: NDArray[np.int64]) -> dict[str, Any]:
+    """Means with intervals, and the paired differences of the fused order."""
+    ndcg = {name: metrics.ndcg(rank, 10) for name, rank in ranks.items()}
+    rows = {
+        name: {"NDCG@10": _interval(ndcg[name]), "HR@10": _interval(metrics.recall(rank, 10))}
+        for name, rank in ranks.items()
+    }
+    return {
+        "systems": rows,
+        "fused minus encoder, NDCG@10": _interval(ndcg["fused"] - ndcg["encoder"]),
+        "fused minus untuned fused, NDCG@10": _interval(ndcg["fused"] - metrics.ndcg(untuned, 10)),
+    }
 
 
 def _ranks(way: Fusion, interest: list[Any], said: list[Any], prior: list[Any], places: list[int]) -> list[int]:

@@ -28,8 +28,8 @@ from penchant.engine.noise import quiet_libraries
 from penchant.environment import environment
 from penchant.fetch import fetch
 from penchant.files import write_json
+from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
-from penchant.rank import Fusion
 from penchant.recommend import Recommender
 from penchant.run_folder import FitConfig
 

@@ -25,7 +25,7 @@ mkdir -p "$results"
 "$python" eval/finetuning.py next_item --config finetune/configs/next_item-gpu.yaml --model "$model" --data "$data" \
   --work "$work/curves" --minutes "$minutes" --epochs 100 --out "$results/finetuning-next_item.json"
 "$python" eval/finetuning.py preference --config finetune/configs/preference-gpu.yaml --model "$model" --data "$data" \
-  --start-from "$work/curves/next_item" --untuned "$work/curves/next_item-step-0000000.json" \
+  --start-from "$work/curves/next_item" --untuned "$work/curves/next_item-step-0000000.npz" \
   --work "$work/curves" --minutes "$minutes" --epochs 100 --out "$results/finetuning-preference.json"
 "$python" eval/finetuning.py choose --config finetune/configs/choose-gpu.yaml --model "$model" --data "$data" \
   --work "$work/curves" --minutes "$minutes" --epochs 100 --out "$results/finetuning-choose.json"

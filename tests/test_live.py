@@ -19,9 +19,9 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.errors import ConfigError, DataError, ModelError, StorageError
 from penchant.evaluation.evaluate import evaluate
+from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
 from penchant.journal import Journal
-from penchant.rank import Fusion
 from penchant.recommend import Recommender
 from penchant.run_folder import JOURNAL, FitConfig
 from tests.conftest import toy_frames

@@ -17,9 +17,9 @@ import penchant
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
+from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
 from penchant.prompt import NAMES, Templates
-from penchant.rank import Fusion
 from penchant.recommend import Recommender
 from penchant.resources import shipped
 from penchant.run_folder import FitConfig

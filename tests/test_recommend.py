@@ -18,8 +18,8 @@ from penchant.data.split import Split, global_time, leave_last_out
 from penchant.engine.loading import load_engine
 from penchant.engine.transformers import TransformersEngine
 from penchant.errors import ConfigError, DataError, ModelError, StorageError
+from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
-from penchant.rank import Fusion
 from penchant.recommend import Method, Recommender
 from penchant.run_folder import FitConfig
 from tests import tiny

@@ -47,11 +47,11 @@ from penchant.environment import environment
 from penchant.errors import ConfigError
 from penchant.fetch import fetch
 from penchant.files import write_json
+from penchant.fusion import Fusion
 from penchant.interest.behaviour import Behaviour
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
 from penchant.prompt import Templates
-from penchant.rank import Fusion
 from penchant.recommend import Recommender
 from penchant.run_folder import FitConfig
 

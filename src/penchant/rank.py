@@ -1,17 +1,12 @@
-"""Candidates to scores by the LLM: likelihood, calibrated likelihood, and its fusion with the interest score.
+"""Candidates to scores by the LLM.
 
 What the LLM is asked is one of three questions: how likely each title is next (likelihood), which of the
 lettered candidates comes next (choose), or whether the user will like each one (yes_no).
-
-log p(title | history) says how likely the LLM finds an item next. Titles differ in how likely they are
-as text alone, so log p(title | no history) is taken out, wholly or in part. Both the LLM's and the
-encoder's scores are standardised among a user's candidates and mixed; validation chooses the mixture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from string import ascii_lowercase, ascii_uppercase
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from penchant import metrics
 from penchant.errors import ConfigError, NotFiniteError
 from penchant.prompt import Rendered, Templates
 
@@ -28,73 +22,10 @@ if TYPE_CHECKING:
     from penchant.tokens import Prompt, TextCodec
 
 Question = Literal["likelihood", "choose", "yes_no"]
-# How much of the no-history likelihood is taken out, and how much the LLM weighs: what validation chooses from.
-CALIBRATIONS = (0.0, 0.5, 1.0)
-WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))
 # More tokens than any item has: MAX_DATA_CHARS characters are at most four times as many bytes.
 _ROOM = 1024
 # Prompts kept as rendered, so that they can be made ahead of the engine, beside it.
 _PROMPTS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Fusion:
-    """score = (1 - weight) * z(interest) + weight * z(log p(title | history) - calibration * log p(title))."""
-
-    weight: float
-    calibration: float
-    valid_ndcg: float | None = None  # NDCG@10 on the validation users it was chosen on
-    interest_ndcg: float | None = None  # the interest score's own, on the same users and candidates
-    n_users: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def scores(
-        self, interest: NDArray[np.floating], likelihood: NDArray[np.floating], prior: NDArray[np.floating]
-    ) -> NDArray[np.float64]:
-        """Fused scores of one user's candidates, all arguments and the result of shape (n,)."""
-        llm = zscore(likelihood - self.calibration * prior)
-        return (1 - self.weight) * zscore(interest) + self.weight * llm
-
-
-def zscore(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Mean 0 and deviation 1 over a user's candidates; all zeros where they don't differ."""
-    centred = np.asarray(values, dtype=np.float64) - np.mean(values)
-    deviation = centred.std()
-    return centred / deviation if deviation > 0 else np.zeros_like(centred)
-
-
-def choose_fusion(
-    interest: Sequence[NDArray[np.floating]],
-    likelihood: Sequence[NDArray[np.floating]],
-    prior: Sequence[NDArray[np.floating]],
-    target: Sequence[int],
-) -> Fusion:
-    """The mixture with the best NDCG@10 on validation users; among equals the one that leans least on the LLM.
-
-    Each sequence has one entry a user, arrays over that user's candidates; ``target`` is the position of
-    the true item among them, -1 where retrieval missed it.
-    """
-
-    def quality(fusion: Fusion) -> float:
-        rank = []
-        for e, lik, p, t in zip(interest, likelihood, prior, target, strict=True):
-            if t < 0:
-                rank.append(len(e) + 1_000)
-            else:
-                scores = fusion.scores(e, lik, p)
-                rank.append(int((scores >= scores[t]).sum()))
-        return float(metrics.ndcg(np.array(rank), 10).mean()) if rank else 0.0
-
-    alone = quality(Fusion(0.0, 0.0))
-    best, best_quality = Fusion(0.0, 0.0), alone
-    for weight in WEIGHTS[1:]:
-        for calibration in CALIBRATIONS:
-            found = quality(Fusion(weight, calibration))
-            if found > best_quality:
-                best, best_quality = Fusion(weight, calibration), found
-    return Fusion(best.weight, best.calibration, best_quality, alone, len(target))
 
 
 _LETTERS = ascii_uppercase + ascii_lowercase

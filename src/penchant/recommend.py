@@ -20,6 +20,7 @@ from penchant.data.history import Targets
 from penchant.data.split import Split, leave_last_out
 from penchant.errors import ConfigError, DataError
 from penchant.filters import indices, item_mask
+from penchant.fusion import Fusion, choose_fusion
 from penchant.interest.behaviour import Behaviour
 from penchant.interest.fit import fit_encoder
 from penchant.interest.hnsw import HNSWIndex
@@ -28,7 +29,6 @@ from penchant.interest.vectors import Scaling, default_layer, embed_items, item_
 from penchant.interest.words import read_events
 from penchant.lookup import find_title, find_user
 from penchant.prompt import Templates
-from penchant.rank import Fusion, choose_fusion
 from penchant.rerank import Rules
 from penchant.run_folder import FitConfig, load_run, save_run
 from penchant.serving import Answer, Items, Method

@@ -16,6 +16,7 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import Split
 from penchant.errors import StorageError
 from penchant.files import read_json, save_array, sha256_file, staged_folder, write_json
+from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
 from penchant.interest.hnsw import HNSWIndex
@@ -25,7 +26,7 @@ from penchant.interest.vectors import Scale, Scaling
 from penchant.interest.words import Words
 from penchant.journal import Journal, write_journal
 from penchant.prompt import NAMES, Templates
-from penchant.rank import Fusion, Question, letters
+from penchant.rank import Question, letters
 
 
 class FitConfig(BaseModel):

@@ -14,13 +14,14 @@ from penchant.adapter_card import check_templates, trained_part
 from penchant.catalog_trie import CatalogTrie
 from penchant.data.history import EventLog
 from penchant.errors import ConfigError, DataError, ModelError
+from penchant.fusion import zscore
 from penchant.interest.behaviour import Behaviour, History
 from penchant.interest.hnsw import HNSWIndex
 from penchant.interest.search import index_of, score_all, search
 from penchant.interest.top import top_k
 from penchant.interest.vectors import Scaling, default_layer
 from penchant.interest.words import reading_of
-from penchant.rank import Ranker, zscore
+from penchant.rank import Ranker
 from penchant.run_folder import Fitted
 
 if TYPE_CHECKING:

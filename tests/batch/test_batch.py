@@ -17,7 +17,7 @@ from tests.fake_engine import FakeEngine
 from penchant.batch import BatchOptions, dry_run, run, status
 from penchant.engine.transformers import TransformersEngine
 from penchant.errors import ConfigError, StorageError
-from penchant.rank import Fusion
+from penchant.fusion import Fusion
 from penchant.recommend import Recommender
 
 COLUMNS = ["row", "user_id", "item_id", "rank", "score", "stage", "interest", "llm", "fused", "model"]

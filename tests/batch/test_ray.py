@@ -20,7 +20,7 @@ from penchant.batch import run
 from penchant.batch.ray import ShardActor, hear
 from penchant.engine.transformers import TransformersEngine
 from penchant.errors import ConfigError, StorageError
-from penchant.rank import Fusion
+from penchant.fusion import Fusion
 from penchant.recommend import Recommender
 
 pytestmark = pytest.mark.timeout(280)

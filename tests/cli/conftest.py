@@ -94,7 +94,7 @@ def ready(byte_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ready:
         assert call_penchant("prepare", log, items, "--out", root / "data").code == 0
         fitted = call_penchant("fit", root / "data", "--model", byte_folder, *QUICK, "--out", root / "run")
         assert fitted.code == 0, fitted.err
-        from penchant.rank import Fusion
+        from penchant.fusion import Fusion
         from penchant.recommend import Recommender
 
         model = Recommender.load(root / "run")

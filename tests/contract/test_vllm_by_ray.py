@@ -17,8 +17,8 @@ from tests.conftest import toy_frames
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
+from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
-from penchant.rank import Fusion
 from penchant.recommend import Recommender
 from penchant.run_folder import FitConfig
 

@@ -18,8 +18,8 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
 from penchant.errors import ConfigError
+from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
-from penchant.rank import Fusion
 from penchant.recommend import Recommender
 from penchant.run_folder import FitConfig
 

@@ -29,8 +29,8 @@ from penchant.evaluation.ranking import rank_targets
 from penchant.evaluation.report import Report
 from penchant.evaluation.statistics import bootstrap_mean, holm, paired_permutation
 from penchant.evaluation.systems import Queries
+from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
-from penchant.rank import Fusion
 from penchant.recommend import Recommender
 from penchant.run_folder import FitConfig
 

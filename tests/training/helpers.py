@@ -36,7 +36,7 @@ QUICK: dict[str, Any] = {
     "packs_per_step": 2,
     "max_history": 8,
     "candidates": 6,
-    "retriever_epochs": 2,
+    "retriever": {"epochs": 2},
     "eval_users": 0,
     "eval_every": 50,
 }

@@ -13,6 +13,7 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import Split, leave_last_out
 from penchant.interest.behaviour import Behaviour
 from penchant.interest.beside import fit_beside
+from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
 from penchant.interest.search import score_all
 from penchant.interest.train import train_encoder
@@ -21,7 +22,8 @@ from penchant.training.candidates import Retriever
 
 def retriever(split: Split, key: str, epochs: int = 3, neighbours: int = 0) -> Retriever:
     vectors = np.random.default_rng(0).normal(size=(split.log.n_items, 8)).astype(np.float32)
-    return Retriever(split, vectors, epochs=epochs, seed=5, key=(key,), neighbours=neighbours)
+    config = EncoderConfig(epochs=epochs, seed=5, neighbours=neighbours)
+    return Retriever(split, vectors, config, seed=5, key=(key,))
 
 
 class Spy:

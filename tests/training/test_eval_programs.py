@@ -118,7 +118,10 @@ def test_tallrec_scores_its_test_examples(byte_folder: Path, prompts: Path, tmp_
         found = json.loads(out.read_text())
         assert set(found["auc"]) == {"untuned", "8", "all"}
         for run in found["runs"]:
-            assert 0 <= run["metrics"]["AUC"]["low"] <= run["auc"] <= run["metrics"]["AUC"]["high"] <= 1
+            assert list(run["systems"]) == list(found["auc"]["8"])
+            assert {"llm yes_no", "llm yes_no and shares of likes of user and item"} < set(run["systems"])
+            for system in run["systems"].values():
+                assert 0 <= system["AUC"]["low"] <= system["AUC"]["mean"] <= system["AUC"]["high"] <= 1
             assert run["n_test"] == 20
     assert [run.get("steps") for run in found["runs"]] == [None, 3, 3]
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from penchant.data.history import Targets
 from penchant.evaluation.ranking import Ranked, Seen
+from penchant.fusion import Fusion
 from penchant.interest.behaviour import Behaviour
 from penchant.interest.search import score_some
-from penchant.rank import Fusion
 from penchant.recommend import Recommender, Stages
 from penchant.serving import Items
 

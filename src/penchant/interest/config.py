@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -77,7 +78,12 @@ class EncoderConfig(BaseModel):
     user_weight: float = Field(default=0.0, ge=0, le=1, description="targets weigh (events of their user) ** -this")
     item_weight: float = Field(default=0.0, ge=0, le=1, description="targets weigh (events of their item) ** -this")
     epochs: int = Field(default=40, ge=1, description="most epochs; training stops earlier by patience")
-    patience: int = Field(default=6, ge=1, description="epochs without a better validation score before it stops")
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="epochs without a better validation score before it stops; None: a quarter of the epochs, at least "
+        "6 (the score may stand still while the rate is high, and rise again as it falls)",
+    )
     batch_rows: int | None = Field(
         default=None, ge=1, description="histories in a training step; None: as many as hold about 2,000 events"
     )
@@ -112,6 +118,11 @@ class EncoderConfig(BaseModel):
     def value_column(self) -> str | None:
         """The column of the values that are learnt, None where the items taken are."""
         return self.value or ("rating" if self.loss == "mse" else None)
+
+    @property
+    def waits(self) -> int:
+        """``patience`` as epochs."""
+        return max(6, math.ceil(self.epochs / 4)) if self.patience is None else self.patience
 
     def loss_for(self, n_items: int) -> Literal["softmax", "sampled", "bce", "mse"]:
         """The loss that "auto" stands for in a catalogue of that size."""

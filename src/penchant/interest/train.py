@@ -192,7 +192,7 @@ def _train(
         if score > best:
             best, best_epoch = score, epoch
             kept = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-        if epoch - best_epoch >= config.patience or seconds > max_seconds:
+        if epoch - best_epoch >= config.waits or seconds > max_seconds:
             break
     with torch.no_grad():
         for name, tensor in model.named_parameters():

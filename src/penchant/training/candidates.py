@@ -35,18 +35,11 @@ class Retriever:
     """Trains encoders on parts of a split's users and retrieves for the others; answers are kept in the cache."""
 
     def __init__(
-        self,
-        split: Split,
-        vectors: NDArray[np.float32],
-        *,
-        epochs: int,
-        seed: int,
-        key: Sequence[str],
-        neighbours: int = 0,
+        self, split: Split, vectors: NDArray[np.float32], config: EncoderConfig, *, seed: int, key: Sequence[str]
     ) -> None:
-        self._split, self._vectors, self._seed = split, vectors, seed
-        self._config = EncoderConfig(epochs=epochs, seed=seed, neighbours=neighbours)
-        self._key = (split.dataset.content_hash, repr(sorted(split.spec.items())), self._config.model_dump_json(), *key)
+        self._split, self._vectors, self._config, self._seed = split, vectors, config, seed
+        own = (config.model_dump_json(), str(seed))
+        self._key = (split.dataset.content_hash, repr(sorted(split.spec.items())), *own, *key)
 
     def for_targets(self, targets: Targets, k: int) -> Candidates:
         """For validation or test targets: one encoder trained on every user's training events."""

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from penchant.interest.config import EncoderConfig
+
 Quantization = Literal["none", "nf4", "int8"]
 
 
@@ -66,8 +68,9 @@ class TrainConfig(BaseModel):
     prompt_tokens: int = Field(default=768, ge=16, description="tokens of a prompt; the oldest events go first")
     max_rows: int | None = Field(default=None, ge=1, description="a seeded sample of the rows, at most this many")
     candidates: int = Field(default=20, ge=1, description="retrieved items that validation ranks")
-    retriever_epochs: int = Field(default=20, ge=1, description="epochs of the encoder that retrieves them")
-    retriever_neighbours: int = Field(default=0, ge=0, description="neighbours that it remembers, as in `penchant fit`")
+    retriever: EncoderConfig = Field(
+        default_factory=EncoderConfig, description="the encoder that retrieves them: best what `penchant fit` is given"
+    )
     eval_users: int = Field(default=100, ge=0, description="validation users for NDCG@10; 0: loss only")
     eval_every: int | None = Field(default=None, ge=1, description="steps between validations; None: four in the run")
     eval_minutes: list[float] = Field(default_factory=list, description="also validate and keep at these minutes")
@@ -78,6 +81,8 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
+        if self.retriever.inputs or self.retriever.value_column is not None:
+            raise ValueError("the retriever reads items alone and ranks them: no inputs, and no loss of values")
         if self.method == "full" and (self.quantization != "none" or self.start_from is not None):
             raise ValueError("method full trains the weights themselves: no quantization, and no start_from")
         return self

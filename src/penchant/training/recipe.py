@@ -107,10 +107,9 @@ class Recipe:
         return Retriever(
             corpus.split,
             vectors,
-            epochs=self.config.retriever_epochs,
+            self.config.retriever,
             seed=self.config.seed,
             key=(name, self.templates.hash("item")),
-            neighbours=self.config.retriever_neighbours,
         )
 
     def _vectors(self, name: str) -> NDArray[np.float32]:

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from penchant import metrics
 from penchant.engine.transformers import TransformersEngine
+from penchant.fusion import CALIBRATIONS, Fusion, choose_fusion
 from penchant.interest.histories import history_vectors, unit
 from penchant.interest.index import ExactIndex
-from penchant.rank import CALIBRATIONS, Fusion, Ranker, choose_fusion, letters
+from penchant.rank import Ranker, letters
 from penchant.training.batch import collate
 from penchant.training.candidates import Candidates
 from penchant.training.choose import choose_prompt
