@@ -88,8 +88,9 @@ def main(
         if not kept.is_file():
             load_checkpoint(path, recipe.student, None)
             loss = held_out_loss(task, recipe.student, recipe.config)
+            said = bench.scores()
             with staged_file(kept) as stage, stage.open("wb") as handle:
-                np.savez(handle, held_out_loss=np.nan if loss is None else loss, **bench.scores())
+                np.savez(handle, held_out_loss=np.nan if loss is None else loss, **said)
         point = _load(kept)
         fusion, ranks = ranks_of(point)
         base = ranks["fused"] if base is None else base

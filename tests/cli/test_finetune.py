@@ -26,7 +26,7 @@ def quick(ready: Any, recipe: str = "next_item", **changes: object) -> list[obje
         "learning-rate": "1e-2",
         "pack-tokens": 256,
         "packs-per-step": 2,
-        "retriever-epochs": 2,
+        "retriever.epochs": 2,
         "candidates": 6,
         "eval-users": 0,
         "max-steps": 4,

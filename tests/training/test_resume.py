@@ -46,7 +46,7 @@ OPTIONS = {
     "--epochs": "9",
     "--eval-every": "7",
     "--eval-users": "4",
-    "--retriever-epochs": "2",
+    "--retriever.epochs": "2",
     "--candidates": "6",
     "--patience": "99",
     "--checkpoint-every": "3",
