@@ -43,7 +43,7 @@ def main(
         encoder = points[0]["systems"]["encoder"]["NDCG@10"]["mean"]
         panel.axhline(encoder, color="0.4", linestyle="--", linewidth=1, label="encoder")
         panel.set_title(path.stem.removeprefix("finetuning-"), fontsize=10)
-        panel.set_xlabel("minutes of training, one core")
+        panel.set_xlabel("minutes of training")
         panel.grid(alpha=0.3)
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("NDCG@10 [95% interval]")

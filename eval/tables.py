@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from penchant.evaluation.spread import plain, row_key
 from penchant.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +38,7 @@ def block(result: dict[str, Any]) -> list[str]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in first["rows"]:
         groups.setdefault(row["group"], []).append(row)
-    between = {(_plain(row["group"]), _plain(row["system"])): row["metrics"] for row in result["spread"]}
+    between = {row_key(row): row["metrics"] for row in result["spread"]}
     for group, rows in groups.items():
         if rows[0]["difference"]:
             lines += [*(_difference(group, row) for row in rows), ""]
@@ -45,7 +46,7 @@ def block(result: dict[str, Any]) -> list[str]:
         lines += [f"| {group} | {' | '.join(METRICS)} |", "|---|---|---|"]
 
         def mean(row: dict[str, Any], group: str = group) -> float:
-            spread = between.get((_plain(group), _plain(row["system"])), row["metrics"])
+            spread = between.get((plain(group), plain(row["system"])), row["metrics"])
             return float(spread["NDCG@10"]["mean"])
 
         ranked = sorted(rows, key=mean, reverse=True)
@@ -54,8 +55,8 @@ def block(result: dict[str, Any]) -> list[str]:
             others = [row for row in ranked if not row["system"].startswith(_STAGE)]
             ranked = [row for row in ranked if row["system"].startswith(_STAGE) or row is others[0]]
         for row in ranked:
-            spread = between.get((_plain(group), _plain(row["system"])), {})
-            name = row["system"] if seeds == 1 else _plain(row["system"])
+            spread = between.get((plain(group), plain(row["system"])), {})
+            name = row["system"] if seeds == 1 else plain(row["system"])
             cells = " | ".join(_cell(row["metrics"][name], spread.get(name)) for name in METRICS)
             lines.append(f"| {name} | {cells} |")
         lines.append("")
@@ -66,11 +67,6 @@ def block(result: dict[str, Any]) -> list[str]:
             lines.append(f"| {one['system']}: {one['source']}; {one['protocol']} | {cells} |")
         lines.append("")
     return lines
-
-
-def _plain(name: str) -> str:
-    """A group's or a system's name without what differs between seeds: the sample's seed, the fusion's weight."""
-    return name.partition(" (seed")[0].partition(" (weight")[0]
 
 
 def _cell(own: dict[str, Any], spread: dict[str, Any] | None) -> str:

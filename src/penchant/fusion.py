@@ -56,7 +56,7 @@ def zscore(values: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def choose_fusion(interest: Rows, likelihood: Rows, prior: Rows, target: Sequence[int]) -> Fusion:
-    """The mixture under which the validation targets are likeliest, or the encoder alone where luck explains the gain.
+    """The mixture under which the validation targets are likeliest, or the encoder alone where that gains too little.
 
     A conditional logit (McFadden 1974, "Conditional logit analysis of qualitative choice behavior"): the target among
     its user's candidates is a choice with log-odds a * z(interest) + b * z(LLM), a and b not negative, and weight is

@@ -16,8 +16,9 @@ from penchant.errors import ConfigError, DataError
 from penchant.evaluation import comparison as module
 from penchant.evaluation import prepared
 from penchant.evaluation.baselines.sasrec import SASRec
-from penchant.evaluation.comparison import BOTH, Comparison, spread
+from penchant.evaluation.comparison import BOTH, Comparison
 from penchant.evaluation.ranking import Ranked, rank_targets
+from penchant.evaluation.spread import spread
 from penchant.evaluation.store import Finished, Store, key_of
 from penchant.evaluation.tasks import Task
 from penchant.interest.config import EncoderConfig

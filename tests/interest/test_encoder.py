@@ -379,3 +379,8 @@ def test_errors_say_what_is_wrong() -> None:
 def test_a_config_out_of_range_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         EncoderConfig.model_validate(bad)
+
+
+@pytest.mark.parametrize(("epochs", "patience", "waits"), [(60, None, 15), (41, None, 11), (8, None, 6), (60, 4, 4)])
+def test_without_a_patience_it_waits_a_quarter_of_the_epochs(epochs: int, patience: int | None, waits: int) -> None:
+    assert EncoderConfig(epochs=epochs, patience=patience).waits == waits

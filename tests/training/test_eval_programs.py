@@ -64,6 +64,14 @@ def test_finetuning_measures_before_during_and_after(
     assert [(p["minutes"], p["minutes_trained"]) for p in found["points"]] == [(0, 0), (0.5, 0.5), (2, 2)]
     assert found["points"][0]["fused minus untuned fused, NDCG@10"]["mean"] == 0
     assert found["points"][2]["held_out_loss"] < found["points"][0]["held_out_loss"]
+    program("curves.py").main([out], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line for line in program("tables.py").curves({"next_item": found}) if line.startswith("| next_item")]
+    assert len(rows) == 3
+    for row, point in zip(rows, found["points"], strict=True):
+        assert f"{point['held_out_loss']:.3f}" in row
+        gain = point["fused minus encoder, NDCG@10"]
+        assert f"{gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]" in row
     for point in found["points"]:
         assert set(point["systems"]) >= {"encoder", "llm", "llm calibrated", "fused"}
         assert all(0 <= s["NDCG@10"]["mean"] <= 1 and s["NDCG@10"]["n"] == 6 for s in point["systems"].values())
@@ -124,6 +132,10 @@ def test_tallrec_scores_its_test_examples(byte_folder: Path, prompts: Path, tmp_
                 assert 0 <= system["AUC"]["low"] <= system["AUC"]["mean"] <= system["AUC"]["high"] <= 1
             assert run["n_test"] == 20
     assert [run.get("steps") for run in found["runs"]] == [None, 3, 3]
+    shown = "\n".join(program("tables.py").tallrec(found))
+    for system, of in ((name, found["auc"]["all"][name]) for name in found["auc"]["all"]):
+        (row,) = [line for line in shown.splitlines() if line.startswith(f"| {system} |")]
+        assert f"{of['mean']:.4f}".removeprefix("0") in row
 
 
 def test_speed_compares_dense_with_single_and_packed_with_full(byte_folder: Path, tmp_path: Path) -> None:

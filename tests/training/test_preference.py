@@ -225,3 +225,7 @@ def test_without_an_adapter_there_is_no_reference(corpus: Corpus, byte_folder: P
     loss, _ = task_loss("preference", made)
     with pytest.raises(ConfigError, match="no adapter to switch off"):
         loss(student, student, batch)
+    free = config(byte_folder, method="full", reference=False)
+    student = load_student(free)
+    loss, _ = task_loss("preference", free)
+    assert np.isfinite(float(loss(student, student, batch).detach()))

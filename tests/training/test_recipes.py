@@ -34,6 +34,7 @@ from penchant.training.config import (
     TrainConfig,
     YesNoConfig,
 )
+from penchant.training.journal import read_log
 from penchant.training.recipe import TEMPLATES, Recipe
 from penchant.training.recipes import cut, finetune
 from penchant.training.rows import Row
@@ -422,6 +423,22 @@ def test_a_device_without_numbers_is_refused(toy: Dataset, byte_folder: Path, tm
 def test_preference_without_an_adapter_to_switch_off_is_refused(byte_folder: Path) -> None:
     with pytest.raises(ValueError, match="use method lora"):
         settings(byte_folder, PreferenceConfig, method="full")
+
+
+@pytest.mark.parametrize("retriever", [{"inputs": ["gap"]}, {"loss": "mse"}])
+def test_a_retriever_that_reads_more_than_items_is_refused(byte_folder: Path, retriever: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="the retriever reads items alone"):
+        settings(byte_folder, PreferenceConfig, retriever=retriever)
+
+
+def test_beside_the_retriever_the_held_out_loss_decides(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    more = {"beside": 1.0, "reference": False, "eval_users": 8, "eval_every": 1, "max_steps": 4, "patience": 9}
+    made = settings(byte_folder, PreferenceConfig, pack_tokens=600, candidates=15, negatives=4, every=1, **more)
+    outcome = finetune("preference", made, toy, tmp_path / "run")
+    seen = [r for r in read_log(tmp_path / "run" / "log.jsonl") if r["kind"] == "validation"]
+    assert len(seen) == 5
+    assert all("score" not in r and "fused NDCG@10" in r for r in seen)
+    assert outcome.best_step == min(seen[1:], key=lambda r: r["valid_loss"])["step"]
 
 
 # -- data ------------------------------------------------------------------------------------------

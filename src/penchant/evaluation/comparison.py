@@ -38,7 +38,7 @@ from penchant.evaluation.leaks import check_model
 from penchant.evaluation.prepared import Prepared
 from penchant.evaluation.report import Report
 from penchant.evaluation.rows import Table
-from penchant.evaluation.statistics import Spread
+from penchant.evaluation.spread import spread
 from penchant.evaluation.store import Finished, Store, key_of, origin
 from penchant.evaluation.systems import System
 from penchant.evaluation.tasks import Task
@@ -380,32 +380,6 @@ class Comparison(Prepared):
         }
 
 
-def spread(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean, range and deviation over the seeds of every row that each of them has, differences left out."""
-    out = []
-    for row in runs[0]["rows"]:
-        same = [other for run in runs for other in run["rows"] if _row_key(other) == _row_key(row)]
-        if row["difference"] or len(same) != len(runs):
-            continue
-        metrics = {}
-        for name in row["metrics"]:
-            found = Spread.of([other["metrics"][name]["mean"] for other in same])
-            metrics[name] = {
-                "mean": found.mean,
-                "low": found.low,
-                "high": found.high,
-                "sd": found.sd if found.n > 1 else None,
-                "n": found.n,
-            }
-        out.append({"group": row["group"], "system": row["system"], "metrics": metrics})
-    return out
-
-
-def _row_key(row: dict[str, Any]) -> tuple[str, str]:
-    """A row's group and system, whatever the seed: the fusion's numbers and the sample's seed differ between them."""
-    return row["group"].partition(" (seed")[0], row["system"].partition(" (weight")[0]
-
-
 def _hash(path: Path) -> str | None:
     return sha256_file(path) if path.is_file() else None
 
@@ -415,4 +389,4 @@ def _as_name(name: str) -> Name:
     return found[0]
 
 
-__all__ = ["BOTH", "FULL", "SYSTEMS", "VARIANTS", "Comparison", "spread"]
+__all__ = ["BOTH", "FULL", "SYSTEMS", "VARIANTS", "Comparison"]

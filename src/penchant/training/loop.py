@@ -242,7 +242,8 @@ class Loop:
                 self.student.eval()
                 with torch.no_grad():
                     found |= without_nan(self.task.score(self.student))
-                found |= {"score": found[self.task.score_name], "score_name": self.task.score_name}
+                if self.task.score_name:
+                    found |= {"score": found[self.task.score_name], "score_name": self.task.score_name}
             found["validation_seconds"] = round(time.perf_counter() - begun, 2)
         found = self._processes.same(found)
         state = self.state

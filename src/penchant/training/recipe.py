@@ -280,8 +280,9 @@ class Recipe:
         found = self.retriever.for_targets(targets, config.candidates)
         beside = isinstance(config, PreferenceConfig) and config.beside > 0
         score = LikelihoodScore(self.corpus, config, targets, found, self.tokenizer)
-        # What is trained to stand beside the retriever is worth what the two are worth together.
-        return score, "fused NDCG@10" if beside else "NDCG@10"
+        # Beside the retriever the held-out loss, which is of the two together, decides: the LLM's own order is not what
+        # is trained, and the fused one stays the retriever's until the LLM has paid for its say.
+        return score, "" if beside else "NDCG@10"
 
 
 # Settings that leave the rows as they are. All others are part of the rows' hash: one that is forgotten here makes

@@ -20,7 +20,7 @@ class Task:
     ``loss`` gives a batch's summed loss in nats by the (possibly wrapped) forward and the student itself, after
     a look at all batches of the step where it is a StepLoss; ``weight`` what the sum is divided by. ``score``
     measures the student on validation users: a dict whose ``score_name`` entry decides when to stop (larger is
-    better), or None. ``notes`` are warnings about the data.
+    better; an empty name leaves that to the held-out loss), or None. ``notes`` are warnings about the data.
     """
 
     name: str
