@@ -8,7 +8,9 @@ A task names its data (fetched, or files in its folder under --data-dir), its sp
 budget for tuning, and seeds. OUT/TASK.json holds the table of each seed with its intervals, their spread, settings,
 trials, machine, versions, data hash and commit, and the commit and seconds of each system, which an earlier run may
 have made; OUT/TASK.md the first seed's table for people. Each finished system is kept in OUT/TASK/ and is not made
-again, so a run that was cut off goes on where it was: the same command. No row of the data is written.
+again, so a run that was cut off goes on where it was: the same command. Trained encoders are kept in OUT/encoders/ for
+all tasks that differ in nothing but targets and candidates (games, games-6k and games-20). No row of the data is
+written.
 """
 
 from __future__ import annotations

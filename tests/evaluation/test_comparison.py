@@ -57,6 +57,12 @@ def comparison(data: Path, systems: list[str], made: Task | None = None, **more:
     return Comparison("toy", made or task(), data / "results", FakeEngine, data, systems, **more)
 
 
+def weights_of(made: Comparison, name: str) -> Path:
+    found = made.finished(name, 0)
+    assert found is not None
+    return made.trained.weights(found.record["trained"])
+
+
 def test_the_encoder_is_the_task_s_and_sasrec_stays_sasrec(data: Path) -> None:
     settings = task().fit.encoder.model_dump() | {"inputs": ("gap",), "interests": 2, "loss": "sampled", "negatives": 8}
     fit = {
@@ -78,7 +84,7 @@ def test_the_encoder_is_the_task_s_and_sasrec_stays_sasrec(data: Path) -> None:
     assert chosen["sasrec"]["dim"] == 16  # of the task's it has the sizes
     # The inputs count: the same weights without them rank otherwise.
     encoder = InterestEncoder.load(
-        made.store.weights(BOTH, 0), EncoderConfig.model_validate(chosen[BOTH]), 16, made.vectors, columns=[32]
+        weights_of(made, BOTH), EncoderConfig.model_validate(chosen[BOTH]), 16, made.vectors, columns=[32]
     )
     history = made.events[1].before([int(made.split.test.position[0])])
     assert not np.allclose(encoder.encode(history), encoder.encode([history[0].item]))
@@ -94,7 +100,7 @@ def test_the_text_match_is_ours_alone_and_is_kept_with_the_weights(data: Path, m
     chosen = {name: made.finished(name, 0).record["fit"]["chosen"]["config"] for name in ("sasrec", BOTH)}  # type: ignore[union-attr]
     assert (chosen[BOTH]["match"], chosen["sasrec"]["match"], chosen["sasrec"]["cold_price"]) == (6, 0, 0.0)
     config = EncoderConfig.model_validate(chosen[BOTH])
-    encoder = InterestEncoder.load(made.store.weights(BOTH, 0), config, 16, made.vectors)
+    encoder = InterestEncoder.load(weights_of(made, BOTH), config, 16, made.vectors)
     assert encoder.width == 16 + 2 + 6
     # The ranks are those of both scores.
     ranked = rank_targets(
@@ -142,6 +148,36 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(data: Path) -> None:
     assert fitted(data, SMALL) == []
     # More systems: only those are made.
     assert fitted(data, [*SMALL, "ease"]) == ["ease 0"]
+
+
+ENCODERS = ["sasrec", "encoder: text", "encoder: ids", BOTH]
+
+
+def test_a_task_that_only_asks_others_takes_the_encoders_that_were_trained(data: Path) -> None:
+    two = {"seeds": [3, 4], "budget": {"trials": 2, "seconds": 60}}
+    first = comparison(data, ENCODERS, task(**two), stamp={"commit": "old"})
+    ranked = {(name, seed): first.finished(name, seed) for name in ENCODERS for seed in (3, 4)}
+    # Lists of others are ranked, and means are over users: another task of another name.
+    other = Comparison("other", task(**two, average="user", k=3), data / "results", FakeEngine, data, ENCODERS)
+    other.stamp = {"commit": "new"}
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(patch)
+        result = other.run()
+    assert counted.names == []
+    made = {(one["name"], one["seed"]): one for one in result["systems"]}
+    for (name, seed), one in ranked.items():
+        again = other.finished(name, seed)
+        assert one is not None
+        assert again is not None
+        assert again.ranked.rank.tolist() == one.ranked.rank.tolist()
+        assert again.record["fit"] == one.record["fit"]
+        assert made[name, seed]["commit"] == "new"
+        assert made[name, seed]["trained"]["commit"] == "old"
+    # What trains otherwise is trained anew, and so is what was torn.
+    assert fitted(data, [BOTH], task(**two, seen_last=3)) == [f"{BOTH} 3", f"{BOTH} 4"]
+    weights = weights_of(comparison(data, [BOTH], task()), BOTH)
+    weights.write_bytes(weights.read_bytes()[:-8] + b"12345678")
+    assert fitted(data, [BOTH], task(k=3)) == [f"{BOTH} 0"]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +334,7 @@ def test_the_full_model_is_the_encoder_that_validation_chose(data: Path) -> None
     stored = one.finished("encoder: ids + text", 0)
     assert stored is not None
     config = EncoderConfig.model_validate(best)
-    weights = one.store.weights("encoder: ids + text", 0)
+    weights = weights_of(one, BOTH)
     encoder = InterestEncoder.load(weights, config, one.split.log.n_items, one.vectors)
     system = SASRec(encoder, encoder.item_matrix(), np.ones(16, np.float32), "again")
     again = one.asked.protocol(made, 0).rank(system, one.asked.targets)

@@ -157,6 +157,19 @@ def test_what_a_hash_depends_on() -> None:
     for other in (*changes, {"fit": {"encoder": {"epochs": 3}}}, {"split": {"kind": "global-time"}}):
         assert task(data=data, **other).hash != base.hash
     assert task(data={**data, "sequences": "C.txt"}).hash != base.hash
+    # What an encoder learns depends on less: whom it is asked for among what is no part of it.
+    asks = ({"k": 5}, {"average": "user"}, {"candidates": {"file": "x", "n": 20}}, {"llm_users": 3})
+    for same in asks:
+        assert task(data=data, **same).training_hash == base.training_hash
+    learns = [change for change in changes if change not in asks]
+    for other in (*learns, {"fit": {"encoder": {"epochs": 3}}}, {"split": {"kind": "global-time"}}):
+        assert task(data=data, **other).training_hash != base.training_hash
+
+
+def test_the_games_tasks_share_their_encoders() -> None:
+    games = {load_task(name).training_hash for name in ("games", "games-6k", "games-20")}
+    assert len(games) == 1
+    assert load_task("beauty").training_hash not in games
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """A whole task: every baseline, our encoder's variants and the full model on the same targets, with several seeds.
 
 Each finished system is stored at once and not made again, unless the task, the data, the version or the model
-changed. Every system has the same budget for tuning on validation, ours too; it is spent with the first seed, and
-the other seeds train what it chose.
+changed; an encoder, ours or SASRec, serves every task that differs only in whom it asks for what. Every system has
+the same budget for tuning on validation, ours too; it is spent with the first seed, and the other seeds train what it
+chose.
 """
 
 from __future__ import annotations
@@ -25,37 +26,28 @@ from penchant.evaluation.baselines import (
     FittedSystem,
     Grids,
     Name,
-    Validation,
     fit_baselines,
     popularities_that_flatter,
     trial_rows,
 )
-from penchant.evaluation.baselines.events import TrainingEvents
 from penchant.evaluation.baselines.sasrec import SASRec
-from penchant.evaluation.baselines.tune import grid, tune
+from penchant.evaluation.encoders import SASREC, VARIANTS, encoder_grid, fit_variant, load_encoder, ranking
 from penchant.evaluation.evaluate import Protocol, tabulate
 from penchant.evaluation.leaks import check_model
 from penchant.evaluation.prepared import Prepared
 from penchant.evaluation.report import Report
 from penchant.evaluation.rows import Table
 from penchant.evaluation.spread import spread
-from penchant.evaluation.store import Finished, Store, key_of, origin
+from penchant.evaluation.store import Finished, Store, TrainedStore, key_of, origin
 from penchant.evaluation.systems import System
 from penchant.evaluation.tasks import Task
-from penchant.files import sha256_file, staged_file
-from penchant.interest.beside import fit_beside
 from penchant.interest.config import EncoderConfig
-from penchant.interest.encoder import InterestEncoder
-from penchant.interest.fit import inputs_of, training_behaviours
-from penchant.interest.train import train_encoder
 from penchant.recommend import Recommender, Stages, silent
 
 if TYPE_CHECKING:
     from penchant.engine import Engine
 
-# Our encoder's variants: name -> (text vectors, ID embeddings). With IDs alone and nothing beside it is the baseline
-# sasrec, with the same settings and grid. FULL is the LLM behind the one with both.
-VARIANTS = {"encoder: text": (True, False), "encoder: ids": (False, True), "encoder: ids + text": (True, True)}
+# FULL is the LLM behind the variant with both, text and IDs.
 # What is made where a task doesn't say.
 _OURS = ("encoder: text", "encoder: ids + text")
 BOTH = "encoder: ids + text"
@@ -67,14 +59,11 @@ _PLAIN = (
 )
 # The group of a row that shows what a known mistake is worth.
 MISTAKE = "a known mistake, made on purpose to show its size"
-# Settings of our encoder that the baseline SASRec does not take over.
-_NOT_SASREC = (
-    *("kind", "inputs", "interests", "relevance", "id_dropout"),
-    *("loss", "hard_negatives", "user_weight", "item_weight", "match", "cold_price", "neighbours"),
-)
 # The same whatever the seed: made once.
 _DETERMINISTIC = {"popularity", "recent", "bm25", "nearest", "item_knn", "neighbours", "ease"}
 _NEED_VECTORS = {"nearest", *VARIANTS, FULL}
+# Encoders, which take most of the time: what was trained is kept apart from its ranking.
+_TRAINED = {SASREC, *VARIANTS}
 # The untuned LLM is the full model's own first row, unless it has an adapter.
 SYSTEMS: tuple[str, ...] = (*(name for name in NAMES if name != "llm"), *VARIANTS, FULL)
 
@@ -119,6 +108,7 @@ class Comparison(Prepared):
                 remedy="give a loss that learns what was taken (auto, softmax, sampled, or bce without a value)",
             )
         self.store = Store(self.folder / self.name)
+        self.trained = TrainedStore(self.folder / "encoders")
         self.begun = time.perf_counter()
 
     @cached_property
@@ -128,9 +118,12 @@ class Comparison(Prepared):
 
     def key(self, name: str, seed: int, **more: Any) -> str:
         """Of all that decides this system's result."""
+        return self._key(self.task.hash, name, seed, **more)
+
+    def _key(self, task: str, name: str, seed: int, **more: Any) -> str:
         model = self.engine.fingerprint if name in _NEED_VECTORS else None
         text = self.templates.hash() if name in {*_NEED_VECTORS, "bm25"} else None
-        parts = {"task": self.task.hash, "data": self.split.dataset.content_hash, "version": __version__}
+        parts = {"task": task, "data": self.split.dataset.content_hash, "version": __version__}
         return key_of(**parts, system=name, seed=seed, model=model, templates=text, **more)
 
     # -- one system --------------------------------------------------------------------------------
@@ -145,26 +138,44 @@ class Comparison(Prepared):
         chosen = None if tuned is None else tuned.record["fit"]["chosen"]["config"]
         key = self.key(name, seed, chosen=chosen)
         found = self.store.load(name, seed, key)
-        weights = self.store.weights(name, seed)
-        if found is not None and (name != BOTH or _hash(weights) == found.record["weights"]):
+        if found is not None and (name != BOTH or self.trained.load(found.record.get("trained", ""))):
             self.say(f"{name}, seed {seed}: stored")
             self.origins[name, seed] = found.record.get("origin", {})
             return found
         if not self._time_left(f"{name}, seed {seed}"):
             return None
         begun = time.perf_counter()
-        fitted = self._fit(name, seed, chosen)
-        ranked = self.asked.protocol(self.task, seed).rank(fitted.system, self.asked.targets, self.stages)
-        record: dict[str, Any] = {"seed": seed, "fit": fitted.to_dict()}
-        if name == BOTH and isinstance(fitted.system, SASRec):  # what the full model is made of
-            with staged_file(weights) as stage:
-                fitted.system.encoder.save(stage)
-            record["weights"] = sha256_file(weights)
-        record["origin"] = self.origins[name, seed] = origin(self.stamp, time.perf_counter() - begun)
+        if name in _TRAINED:
+            system, record = self._encoder(name, seed, chosen)
+        else:
+            fitted = self._fit(name, seed, chosen)
+            system, record = fitted.system, {"fit": fitted.to_dict()}
+        ranked = self.asked.protocol(self.task, seed).rank(system, self.asked.targets, self.stages)
+        record |= {"seed": seed, "origin": record.get("origin", {}) | origin(self.stamp, time.perf_counter() - begun)}
+        self.origins[name, seed] = record["origin"]
         made = Finished(ranked, record)
         self.store.save(name, seed, key, made)
         self.say(f"{name}, seed {seed}: {record['origin']['seconds']} s")
         return made
+
+    def _encoder(self, name: str, seed: int, chosen: dict[str, Any] | None) -> tuple[System, dict[str, Any]]:
+        """An encoder and how it was trained: now and then stored, or already, by this task or one that trains alike."""
+        key = self._key(self.task.training_hash, name, seed, chosen=chosen)
+        stored = self.trained.load(key)
+        if stored is not None:
+            self.say(f"{name}, seed {seed}: trained already")
+            config = EncoderConfig.model_validate(stored["fit"]["chosen"]["config"])
+            encoder = load_encoder(self, name, self.trained.weights(key), config)
+            record = {"fit": stored["fit"], "trained": key, "origin": {"trained": stored["origin"]}}
+            return ranking(self, name, encoder), record
+        begun = time.perf_counter()
+        fitted = self._fit(name, seed, chosen)
+        if not isinstance(fitted.system, SASRec):
+            raise TypeError(f"{name} is no encoder")
+        fit = fitted.to_dict()
+        made = {"fit": fit, "origin": origin(self.stamp, time.perf_counter() - begun)}
+        self.trained.save(key, fitted.system.encoder, made)
+        return fitted.system, {"fit": fit, "trained": key}
 
     def _time_left(self, what: str) -> bool:
         if self.task.seconds is None or time.perf_counter() - self.begun < self.task.seconds:
@@ -176,67 +187,24 @@ class Comparison(Prepared):
     def _fit(self, name: str, seed: int, chosen: dict[str, Any] | None) -> FittedSystem:
         """The system tuned within the budget, or trained anew as ``chosen`` with another seed."""
         task = self.task
-        if name not in VARIANTS:
-            return fit_baselines(
-                self.split,
-                which=[_as_name(name)],
-                texts=self.texts if name == "bm25" else None,
-                vectors=self.vectors if name == "nearest" else None,
-                seed=seed,
-                budget=task.budget.of(),
-                seen=task.seen,
-                seen_last=task.seen_last,
-                grids=self._grids(name, chosen),
-                stages=self.stages,
-            )[0]
-        text, ids = VARIANTS[name]
-        events = TrainingEvents.of(self.split)
-        valid = Validation.of(self.split, seed=seed, seen=task.seen, seen_last=task.seen_last)
-        vectors = self.vectors if text else None
-        columns, reading, words = self.events
-        sequences = training_behaviours(self.split, reading)
-        asked = reading.before(valid.targets.position)
-
-        def system(encoder: InterestEncoder) -> SASRec:
-            return SASRec(encoder, encoder.item_matrix(), events.counts, name, reading)
-
-        def fit(config: EncoderConfig, left: float) -> System:
-            encoder, _ = train_encoder(
-                sequences,
-                events.n_items,
-                vectors,
-                config,
-                lambda e: valid.ndcg(system(e)),
-                inputs=inputs_of(columns, words),
-                max_seconds=left,
-            )
-            fit_beside(encoder, sequences, asked, valid.targets.item, seen=valid.masked())
-            return system(encoder)
-
-        configs = self._encoders(text, ids) if chosen is None else [EncoderConfig.model_validate(chosen)]
-        configs = [config.model_copy(update={"seed": seed}) for config in configs]
-        budget = task.budget.of()
-        done = self.stages(f"tune {name}", min(budget.trials, len(configs)))
-        return tune(name, configs, fit, valid, budget, seed=seed, done=done)
-
-    def _encoders(self, text: bool, ids: bool) -> list[EncoderConfig]:
-        """What an encoder is tuned over, SASRec too: the task's learning rate and dropout first."""
-        changes: dict[str, Any] = {"use_text": text, "use_ids": ids}
-        if not text:
-            changes |= {"match": 0, "cold_price": 0.0}
-        if not ids:
-            changes |= {"neighbours": 0}  # they know items by nothing but their IDs
-        own = self.task.fit.encoder.model_copy(update=changes)
-        return grid(own, dropout=(0.5, 0.3), learning_rate=(5e-3, 2e-3))
-
-    def _sasrec(self) -> list[EncoderConfig]:
-        """The same for the baseline: of the task's encoder it has the sizes, and none of what SASRec is not."""
-        plain = EncoderConfig()
-        ours = {name: getattr(plain, name) for name in _NOT_SASREC}
-        return [config.model_copy(update=ours) for config in self._encoders(False, True)]
+        if name in VARIANTS:
+            configs = encoder_grid(task, name) if chosen is None else [EncoderConfig.model_validate(chosen)]
+            return fit_variant(self, name, seed, configs)
+        return fit_baselines(
+            self.split,
+            which=[_as_name(name)],
+            texts=self.texts if name == "bm25" else None,
+            vectors=self.vectors if name == "nearest" else None,
+            seed=seed,
+            budget=task.budget.of(),
+            seen=task.seen,
+            seen_last=task.seen_last,
+            grids=self._grids(name, chosen),
+            stages=self.stages,
+        )[0]
 
     def _grids(self, name: str, chosen: dict[str, Any] | None) -> Grids:
-        grids = Grids(sasrec=self._sasrec())
+        grids = Grids(sasrec=encoder_grid(self.task, SASREC))
         if chosen is None:
             return grids
         kind = type(getattr(grids, name)[0])
@@ -311,16 +279,8 @@ class Comparison(Prepared):
         """The LLM behind the encoder that was stored, its weight chosen on validation."""
         fit, record = self.task.fit, done[BOTH].record
         config = EncoderConfig.model_validate(record["fit"]["chosen"]["config"])
+        encoder = load_encoder(self, BOTH, self.trained.weights(record["trained"]), config)
         columns, _, words = self.events
-        encoder = InterestEncoder.load(
-            self.store.weights(BOTH, seed),
-            config,
-            self.split.log.n_items,
-            self.vectors,
-            columns=columns.sizes,
-            words=None if words is None else words.vectors,
-            n_words=len(columns.words),
-        )
         with self._timed(f"full model, seed {seed}"):
             model = Recommender(
                 split=self.split,
@@ -371,17 +331,16 @@ class Comparison(Prepared):
             **self.stamp,
             "environment": environment(),
             "seconds": round(sum(made.get("seconds") or 0.0 for made in self.origins.values()), 1),
-            "systems": [
-                {"name": name, "seed": seed} | {part: made.get(part) for part in ("commit", "changed", "seconds")}
-                for (name, seed), made in self.origins.items()
-            ],
+            "systems": [{"name": name, "seed": seed, **_made(where)} for (name, seed), where in self.origins.items()],
             "spread": spread(runs),
             "runs": runs,
         }
 
 
-def _hash(path: Path) -> str | None:
-    return sha256_file(path) if path.is_file() else None
+def _made(where: Mapping[str, Any]) -> dict[str, Any]:
+    """Commit and seconds of a system, and of the training if that was another run's."""
+    found = {part: where.get(part) for part in ("commit", "changed", "seconds")}
+    return found | ({"trained": _made(where["trained"])} if "trained" in where else {})
 
 
 def _as_name(name: str) -> Name:

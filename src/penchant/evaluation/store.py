@@ -16,7 +16,8 @@ from penchant import __version__
 from penchant.environment import short_environment
 from penchant.errors import StorageError
 from penchant.evaluation.ranking import Ranked
-from penchant.files import read_json, sha256_text, staged_file, write_json
+from penchant.files import read_json, sha256_file, sha256_text, staged_file, write_json
+from penchant.interest.encoder import InterestEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +86,41 @@ class Store:
         """A result that is JSON alone."""
         write_json(self._path(name, seed), {"key": key, **record})
 
-    def weights(self, name: str, seed: int) -> Path:
-        """Where a system's own weights are kept, if it has any."""
-        return self._path(name, seed).with_suffix(".safetensors")
-
     def _path(self, name: str, seed: int) -> Path:
         return self.folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
+
+
+@dataclass(frozen=True)
+class TrainedStore:
+    """A folder of trained encoders that tasks share: `KEY.safetensors`, and `KEY.json` with how each was trained.
+
+    What is absent or torn, or whose weights are not those that were saved, is as good as absent.
+    """
+
+    folder: Path
+
+    def load(self, key: str) -> dict[str, Any] | None:
+        """How the encoder of that key was trained; its weights are whole."""
+        try:
+            found = read_json(self._record(key)) if self._record(key).is_file() else None
+        except StorageError:
+            return None
+        weights = self.weights(key)
+        whole = isinstance(found, dict) and weights.is_file() and sha256_file(weights) == found.get("weights")
+        return found if whole else None
+
+    def save(self, key: str, encoder: InterestEncoder, record: Mapping[str, Any]) -> None:
+        """Write both files, the JSON last."""
+        with staged_file(self.weights(key)) as stage:
+            encoder.save(stage)
+        write_json(self._record(key), {**record, "weights": sha256_file(self.weights(key))})
+
+    def weights(self, key: str) -> Path:
+        """Where the encoder's weights are."""
+        return self.folder / f"{key}.safetensors"
+
+    def _record(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
 
 
 def key_of(**parts: Any) -> str:

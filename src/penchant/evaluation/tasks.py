@@ -111,6 +111,12 @@ class Task(_Part):
         )
         return sha256_text(yaml.safe_dump(kept, sort_keys=True))
 
+    @property
+    def training_hash(self) -> str:
+        """Of all that decides what an encoder learns: not whom it is then asked for, nor among which candidates."""
+        kept = self.model_dump(mode="json", include={"version", "data", "split", "fit", "seen", "seen_last", "budget"})
+        return sha256_text(yaml.safe_dump(kept, sort_keys=True))
+
 
 def load_task(name: str) -> Task:
     """The shipped task of that name, or a YAML file's; ConfigError where it is none."""

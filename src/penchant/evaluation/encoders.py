@@ -1,0 +1,100 @@
+"""The encoders of a comparison, our variants and the baseline SASRec: grids, training, and how they are read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penchant.evaluation.baselines import FittedSystem, Validation
+from penchant.evaluation.baselines.sasrec import SASRec
+from penchant.evaluation.baselines.tune import grid, tune
+from penchant.evaluation.prepared import Prepared
+from penchant.evaluation.systems import System
+from penchant.evaluation.tasks import Task
+from penchant.interest.beside import fit_beside
+from penchant.interest.config import EncoderConfig
+from penchant.interest.encoder import InterestEncoder
+from penchant.interest.fit import inputs_of, training_behaviours
+from penchant.interest.train import train_encoder
+
+# Our encoder's variants: name -> (text vectors, ID embeddings). With IDs alone and nothing beside it is the baseline
+# sasrec, with the same settings and grid.
+VARIANTS = {"encoder: text": (True, False), "encoder: ids": (False, True), "encoder: ids + text": (True, True)}
+SASREC = "sasrec"
+# Settings of our encoder that the baseline SASRec does not take over.
+_NOT_SASREC = (
+    *("kind", "inputs", "interests", "relevance", "id_dropout"),
+    *("loss", "hard_negatives", "user_weight", "item_weight", "match", "cold_price", "neighbours"),
+)
+
+
+def encoder_grid(task: Task, name: str) -> list[EncoderConfig]:
+    """What an encoder is tuned over, SASRec too: the task's learning rate and dropout first.
+
+    Of the task's encoder SASRec has the sizes, and none of what SASRec is not.
+    """
+    text, ids = VARIANTS.get(name, (False, True))
+    changes: dict[str, Any] = {"use_text": text, "use_ids": ids}
+    if not text:
+        changes |= {"match": 0, "cold_price": 0.0}
+    if not ids:
+        changes |= {"neighbours": 0}  # they know items by nothing but their IDs
+    if name == SASREC:
+        plain = EncoderConfig()
+        changes |= {setting: getattr(plain, setting) for setting in _NOT_SASREC}
+    own = task.fit.encoder.model_copy(update=changes)
+    return grid(own, dropout=(0.5, 0.3), learning_rate=(5e-3, 2e-3))
+
+
+def fit_variant(made: Prepared, name: str, seed: int, configs: list[EncoderConfig]) -> FittedSystem:
+    """One of VARIANTS, tuned over ``configs`` within the task's budget."""
+    task = made.task
+    valid = Validation.of(made.split, seed=seed, seen=task.seen, seen_last=task.seen_last)
+    columns, reading, words = made.events
+    sequences = training_behaviours(made.split, reading)
+    asked = reading.before(valid.targets.position)
+
+    def fit(config: EncoderConfig, left: float) -> System:
+        encoder, _ = train_encoder(
+            sequences,
+            made.split.log.n_items,
+            made.vectors if config.use_text else None,
+            config,
+            lambda e: valid.ndcg(ranking(made, name, e)),
+            inputs=inputs_of(columns, words),
+            max_seconds=left,
+        )
+        fit_beside(encoder, sequences, asked, valid.targets.item, seen=valid.masked())
+        return ranking(made, name, encoder)
+
+    configs = [config.model_copy(update={"seed": seed}) for config in configs]
+    budget = task.budget.of()
+    done = made.stages(f"tune {name}", min(budget.trials, len(configs)))
+    return tune(name, configs, fit, valid, budget, seed=seed, done=done)
+
+
+def load_encoder(made: Prepared, name: str, path: Path, config: EncoderConfig) -> InterestEncoder:
+    """A trained encoder read back into the task it was trained for; StorageError where it doesn't fit."""
+    n_items, vectors = made.split.log.n_items, made.vectors if config.use_text else None
+    if name == SASREC:
+        return InterestEncoder.load(path, config, n_items, vectors)
+    columns, _, words = made.events
+    return InterestEncoder.load(
+        path,
+        config,
+        n_items,
+        vectors,
+        columns=columns.sizes,
+        words=None if words is None else words.vectors,
+        n_words=len(columns.words),
+    )
+
+
+def ranking(made: Prepared, name: str, encoder: InterestEncoder) -> SASRec:
+    """The encoder as a system of a table."""
+    counts = made.split.train_counts.astype(np.float32)
+    if name == SASREC:
+        return SASRec(encoder, encoder.item_matrix(), counts)
+    return SASRec(encoder, encoder.item_matrix(), counts, name, made.events[1])
