@@ -545,6 +545,10 @@ def test_a_wish_of_somebody_unknown_is_blended_with_popularity(model: Recommende
 def test_a_wish_of_a_known_user_is_blended_with_their_interest(model: Recommender) -> None:
     model.add_items([NEW])
     interest = model.encoder.scores(vector(model, "u1")[None], model.index.vectors)[0].astype(float)
+    history = model.behaviour("u1")
+    bonus = model.encoder.bonus([history], vector(model, "u1")[None])
+    assert bonus is not None
+    interest += bonus.toarray()[0]
     seen = set(events_of(model, "u1"))
     expected = [i for i in by_hand(model, "a comedy", interest, 0.3) if i not in seen]
     found = model.recommend(["u1"], 20, text="a comedy", text_weight=0.3, unique_titles=False)

@@ -242,9 +242,11 @@ def test_the_budget_is_spent_with_the_first_seed_and_the_others_train_what_it_ch
         best = max(tried, key=lambda trial: trial["valid_ndcg@10"])
         (again,) = [trial for trial in second["trials"] if trial["system"] == system]
         assert again["config"] == best["config"] | {"seed": 4}
-    # SASRec is our encoder without text: the same grid, but for that.
+    # SASRec is our encoder without text and neighbours: the same grid, but for that.
     ours = [t["config"] for t in first["trials"] if t["system"] == "encoder: ids + text"]
-    assert [t["config"] | {"use_text": True} for t in first["trials"] if t["system"] == SASREC] == ours
+    theirs = [t["config"] for t in first["trials"] if t["system"] == SASREC]
+    assert {config["neighbours"] for config in theirs} == {0}
+    assert [config | {"use_text": True, "neighbours": None} for config in theirs] == ours
     assert any("the other seeds train what it chose" in note for note in second["notes"])
 
 

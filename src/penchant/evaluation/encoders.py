@@ -26,7 +26,7 @@ SASREC = "sasrec"
 # Settings of our encoder that the baseline SASRec does not take over.
 _NOT_SASREC = (
     *("kind", "inputs", "interests", "relevance", "id_dropout"),
-    *("loss", "hard_negatives", "user_weight", "item_weight", "match", "cold_price", "neighbours"),
+    *("loss", "hard_negatives", "user_weight", "item_weight", "match", "cold_price"),
 )
 
 
@@ -43,7 +43,7 @@ def encoder_grid(task: Task, name: str) -> list[EncoderConfig]:
         changes |= {"neighbours": 0}  # they know items by nothing but their IDs
     if name == SASREC:
         plain = EncoderConfig()
-        changes |= {setting: getattr(plain, setting) for setting in _NOT_SASREC}
+        changes |= {setting: getattr(plain, setting) for setting in _NOT_SASREC} | {"neighbours": 0}
     own = task.fit.encoder.model_copy(update=changes)
     return grid(own, dropout=(0.5, 0.3), learning_rate=(5e-3, 2e-3))
 

@@ -45,11 +45,12 @@ class EncoderConfig(BaseModel):
         lt=1,
         description="share of the validation NDCG@10 that this may cost, where it finds more items without an event",
     )
-    neighbours: int = Field(
-        default=0,
+    neighbours: int | None = Field(
+        default=None,
         ge=0,
         description="items remembered for each item that stood near it in training histories; as much as validation "
-        "wants, they are added to the score of what follows the newest items (vectors alone don't hold them); 0: none",
+        "wants, they are added to the score of what follows the newest items (vectors alone don't hold them); "
+        "0: none, None: 100, but none without IDs, with relevance mlp or where a value is learnt",
     )
     inputs: tuple[str, ...] = Field(
         default=(),
@@ -104,9 +105,9 @@ class EncoderConfig(BaseModel):
             raise ValueError("value is for loss bce or mse")
         if self.match and not self.use_text:
             raise ValueError("match compares texts: give use_text")
-        if self.match and (self.relevance == "mlp" or self.value_column is not None):
+        if self.match and not self._is_product:
             raise ValueError("match is a second dot product beside the first: give relevance dot or cosine, no value")
-        if self.neighbours and (self.relevance == "mlp" or self.value_column is not None):
+        if self.neighbours and not self._is_product:
             raise ValueError("neighbours are added to a dot product: give relevance dot or cosine, no value")
         if self.cold_price and not self.match:
             raise ValueError("cold_price is paid for match")
@@ -118,6 +119,17 @@ class EncoderConfig(BaseModel):
     def value_column(self) -> str | None:
         """The column of the values that are learnt, None where the items taken are."""
         return self.value or ("rating" if self.loss == "mse" else None)
+
+    @property
+    def near(self) -> int:
+        """``neighbours`` as a number."""
+        if self.neighbours is None:
+            return 100 if self.use_ids and self._is_product else 0
+        return self.neighbours
+
+    @property
+    def _is_product(self) -> bool:
+        return self.relevance != "mlp" and self.value_column is None
 
     @property
     def waits(self) -> int:

@@ -81,7 +81,7 @@ class InterestEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.relevance = Relevance(config)
         self.match = TextMatch(config.match, dim, text.shape[1]) if config.match and text is not None else None
-        self.neighbours = Neighbours(config.neighbours, n_items, dim) if config.neighbours else None
+        self.neighbours = Neighbours(config.near, n_items, dim) if config.near else None
         if self.ids is not None:
             nn.init.normal_(self.ids.weight, std=0.02)
 

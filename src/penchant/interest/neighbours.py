@@ -30,8 +30,8 @@ _NEWEST, _DECAY = 10, 0.8
 # Two events count the less for each other the further they are apart, and nothing beyond the window; a pair says half
 # as much of the earlier item as of the later one; and rare pairs count less by what is added to the denominator.
 _CLOSENESS, _WINDOW, _BACK, _SHRINKAGE = 0.9, 50, 0.5, 10.0
-# Pairs held at once.
-_PAIRS = 16_000_000
+# Pairs held at once, about.
+_PAIRS = 4_000_000
 # What is tried on validation, in standard deviations of the encoder's score.
 WEIGHTS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
@@ -125,35 +125,45 @@ def similar_items(sequences: Sequence[Items], n_items: int, size: int) -> sparse
     similarity(i, j) = (pairs(i, j) + pairs(j, i) / 2) / (sqrt(n_i n_j) + 10), where pairs(i, j) counts the times that j
     comes d <= 50 events after i, each as .9 ** (d - 1), and n_i the events of i.
     """
-    item = np.concatenate([*sequences, np.zeros(0, dtype=np.int32)]).astype(np.int64)
-    owner = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
-    events = np.bincount(item, minlength=n_items).astype(np.float64)
-    pairs = sparse.csr_array((n_items, n_items), dtype=np.float32)
-    held: list[tuple[NDArray[np.int64], NDArray[np.int64], float]] = []
+    item = np.concatenate([*sequences, np.zeros(0, dtype=np.int32)]).astype(np.int32)
+    owner = np.repeat(np.arange(len(sequences), dtype=np.int32), [len(sequence) for sequence in sequences])
+    events = np.bincount(item, minlength=n_items)
+    by_item, end = np.argsort(item, kind="stable"), np.cumsum(events)
+    rows = []
+    first = 0
+    while first < n_items:  # the items of so many events at once, so that memory doesn't grow with the log
+        before = end[first] - events[first]
+        last = max(first + 1, int(np.searchsorted(end, before + _PAIRS // (2 * _WINDOW), side="right")))
+        pairs = _pairs(item, owner, by_item[before : end[last - 1]], first, (last - first, n_items))
+        rows.append(_most_similar(pairs, events, first, size))
+        first = last
+    return sparse.vstack(rows, format="csr") if rows else sparse.csr_array((0, 0), dtype=np.float32)
 
-    def taken_up() -> sparse.csr_array:
-        before, after = (np.concatenate([one[at] for one in held]) for at in (0, 1))
-        count = np.concatenate([np.full(len(one[0]), one[2], dtype=np.float32) for one in held])
-        held.clear()
-        return pairs + sparse.coo_array((count, (before, after)), shape=pairs.shape).tocsr()
 
+def _pairs(item: Items, owner: Items, at: Items, first: int, shape: tuple[int, int]) -> sparse.csr_array:
+    """pairs(i, j) + pairs(j, i) / 2 for the items i from ``first`` on, whose events are ``at`` these places."""
+    row, column, value = [], [], []
     for apart in range(1, _WINDOW + 1):
-        both = np.flatnonzero((owner[:-apart] == owner[apart:]) & (item[:-apart] != item[apart:]))
-        if len(both):
-            held.append((item[both], item[both + apart], _CLOSENESS ** (apart - 1)))
-        if held and (apart == _WINDOW or sum(len(one[0]) for one in held) > _PAIRS):
-            pairs = taken_up()
-    found = (pairs + _BACK * pairs.T.tocsr()).tocsr()
-    found.sort_indices()
+        for step, weight in ((apart, 1.0), (-apart, _BACK)):
+            here = at[(at + step >= 0) & (at + step < len(item))]
+            here = here[(owner[here] == owner[here + step]) & (item[here] != item[here + step])]
+            row.append(item[here] - first)
+            column.append(item[here + step])
+            value.append(np.full(len(here), weight * _CLOSENESS ** (apart - 1), dtype=np.float32))
+    found = sparse.coo_array((np.concatenate(value), (np.concatenate(row), np.concatenate(column))), shape=shape)
+    return found.tocsr()
+
+
+def _most_similar(pairs: sparse.csr_array, events: Items, first: int, size: int) -> sparse.csr_array:
+    """The ``size`` most similar of each row; row 0 is item ``first``."""
+    pairs.sort_indices()
     common = np.sqrt(events)
-    start, columns, values = [0], [], []
-    for i, (a, b) in enumerate(zip(found.indptr[:-1].tolist(), found.indptr[1:].tolist(), strict=True)):
-        column = found.indices[a:b]
-        value = found.data[a:b] / (common[i] * common[column] + _SHRINKAGE)
+    start, columns, values = [0], [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.float32)]
+    for i, (a, b) in enumerate(zip(pairs.indptr[:-1].tolist(), pairs.indptr[1:].tolist(), strict=True)):
+        column = pairs.indices[a:b]
+        value = pairs.data[a:b] / (common[first + i] * common[column] + _SHRINKAGE)
         best = np.argsort(-value, kind="stable")[:size]  # of one row at a time: sorting all of them takes for ever
         columns.append(column[best])
         values.append(value[best].astype(np.float32))
         start.append(start[-1] + len(best))
-    none = np.zeros(0, dtype=np.int32)
-    flat = np.concatenate([*values, none]).astype(np.float32), np.concatenate([*columns, none])
-    return sparse.csr_array((flat[0], flat[1], np.array(start)), shape=found.shape)
+    return sparse.csr_array((np.concatenate(values), np.concatenate(columns), np.array(start)), shape=pairs.shape)

@@ -17,7 +17,7 @@ from penchant.evaluation.baselines.recent import RecentConfig
 from penchant.evaluation.baselines.tune import grid
 from penchant.interest.config import EncoderConfig
 
-_SASREC = EncoderConfig(use_text=False, dropout=0.5, max_length=50, learning_rate=5e-3, epochs=60)
+_SASREC = EncoderConfig(use_text=False, neighbours=0, dropout=0.5, max_length=50, learning_rate=5e-3, epochs=60)
 
 
 @dataclass(frozen=True)
