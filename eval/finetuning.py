@@ -60,7 +60,7 @@ def main(
     config: Annotated[Path | None, typer.Option(help="YAML file of the recipe's settings.")] = None,
     candidates: Annotated[int, typer.Option(help="Retrieved items that are ranked.")] = 20,
     test_users: Annotated[int, typer.Option(help="Seeded test users; 0: all of them.")] = 0,
-    validation_users: Annotated[int, typer.Option(help="Users that calibration and weights are chosen on.")] = 300,
+    validation_users: Annotated[int, typer.Option(help="Seeded users that weights are chosen on; 0: all.")] = 0,
 ) -> None:
     """Train and measure. Every setting of the recipe is an option too."""
     if name not in QUESTION:
@@ -142,15 +142,21 @@ class Bench:
         self._recipe, self._question = recipe, question
         split = recipe.corpus.split
         test = split.test if test_users == 0 else split.test.sample(test_users, 0)
-        self._parts = {"valid": split.valid.sample(validation_users, 0), "test": test}
+        valid = split.valid if validation_users == 0 else split.valid.sample(validation_users, 0)
+        self._parts = {"valid": valid, "test": test}
         self._found = {name: recipe.retriever.for_targets(t, k) for name, t in self._parts.items()}
 
     def scores(self) -> dict[str, NDArray[Any]]:
-        """What encoder and LLM say of every part's candidates, rows one after another: see ``_part``."""
+        """What encoder and LLM say of every part's candidates, rows one after another: see ``_part``.
+
+        The LLM is asked about retrieved targets alone, NaN stands for the others.
+        """
         out: dict[str, NDArray[Any]] = {}
         for name, targets in self._parts.items():
             found, settings = self._found[name], self._recipe.config
             rows = [row[row >= 0] for row in found.items]
+            places = [int(np.flatnonzero(r == t)[0]) if t in r else -1 for r, t in zip(rows, targets.item, strict=True)]
+            asked = [i for i, place in enumerate(places) if place >= 0]  # no order finds what was not retrieved
             ranker = Ranker(
                 engine_of(self._recipe.student, self._recipe.tokenizer),
                 self._recipe.templates,
@@ -159,17 +165,19 @@ class Bench:
                 prompt_tokens=settings.prompt_tokens,
                 question=self._question,
             )
+            said = [np.full(len(row), np.nan) for row in rows]
+            prior = [np.full(len(row), np.nan) for row in rows]
             with torch.inference_mode():
-                said = ranker.scores([targets.history(i) for i in range(len(targets))], rows)
-                ranker.priors(np.unique(np.concatenate(rows)))
-            places = [int(np.flatnonzero(r == t)[0]) if t in r else -1 for r, t in zip(rows, targets.item, strict=True)]
-            flat = np.concatenate(rows)
+                scores = ranker.scores([targets.history(i) for i in asked], [rows[i] for i in asked])
+                ranker.priors(np.unique(np.concatenate([rows[i] for i in asked] or [np.zeros(0, dtype=np.int32)])))
+            for i, values in zip(asked, scores, strict=True):
+                said[i], prior[i] = values, ranker.prior[rows[i]]
             out |= {
                 f"{name} n": np.array([len(row) for row in rows]),
                 f"{name} place": np.array(places),
                 f"{name} interest": np.concatenate([s[: len(r)] for s, r in zip(found.scores, rows, strict=True)]),
                 f"{name} said": np.concatenate(said),
-                f"{name} prior": ranker.prior[flat],
+                f"{name} prior": np.concatenate(prior),
             }
         return out
 
@@ -220,7 +228,7 @@ def table(ranks: dict[str, NDArray[np.int64]], untuned: NDArray[np.int64]) -> di
 def _ranks(way: Fusion, interest: list[Any], said: list[Any], prior: list[Any], places: list[int]) -> list[int]:
     out = []
     for e, lik, p, t in zip(interest, said, prior, places, strict=True):
-        scores = way.scores(e, lik, p)
+        scores = way.scores(e, lik, p) if t >= 0 else e
         out.append(int((scores >= scores[t]).sum()) if t >= 0 else 10**6)
     return out
 

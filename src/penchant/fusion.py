@@ -64,7 +64,7 @@ def choose_fusion(interest: Rows, likelihood: Rows, prior: Rows, target: Sequenc
     often the best by luck alone; the LLM gets a say where it gains more nats than it brings parameters.
 
     Each sequence has one entry a user, arrays over that user's candidates; ``target`` is the position of the true item
-    among them, -1 where retrieval missed it.
+    among them, -1 where retrieval missed it: what the LLM says there is not read.
     """
     found = [i for i, t in enumerate(target) if t >= 0]
     chosen, least = Fusion(0.0, 0.0), np.inf

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from penchant import schema
 from penchant.adapter_card import check_templates, trained_part
 from penchant.data.dataset import Dataset
-from penchant.data.history import Targets
 from penchant.data.split import Split, leave_last_out
 from penchant.errors import ConfigError, DataError
 from penchant.filters import indices, item_mask
@@ -33,6 +32,7 @@ from penchant.rerank import Rules
 from penchant.run_folder import FitConfig, load_run, save_run
 from penchant.serving import Answer, Items, Method
 from penchant.updating import Updated
+from penchant.weigh import weighed_on
 
 if TYPE_CHECKING:
     from penchant.engine import Engine
@@ -136,27 +136,23 @@ class Recommender(Updated):
         if ranker is not None:
             model.use_embedder(engine)
         with timed("choose the fusion"):
-            model.fusion = model._choose_fusion(split.valid, stages)
+            model.fusion = model._choose_fusion(stages)
         model.prior = model.ranker.prior
         return model
 
-    def _choose_fusion(self, valid: Targets, stages: Stages) -> Fusion:
-        sample = valid.sample(self.config.validation_users, self.config.seed)
-        # A user without any event before the target has no prompt and no vector: popularity serves those.
-        sample = sample.take(np.array([i for i in range(len(sample)) if len(sample.history(i))], dtype=np.int64))
-        histories = [sample.history(i) for i in range(len(sample))]
-        if not histories:
-            return Fusion(0.0, 0.0)
-        items, scores = self.retrieve(self.reading.before(sample.position), self.config.candidates)
-        kept = [row >= 0 for row in items]
-        candidates = [row[k] for row, k in zip(items, kept, strict=True)]
-        likelihood = self.ranker.scores(histories, candidates, stages("LLM on validation users", len(histories)))
+    def _choose_fusion(self, stages: Stages) -> Fusion:
+        on = weighed_on(self)
+        if not len(on.found):
+            return Fusion(0.0, 0.0, 0.0, 0.0, len(on.place))
+        histories = [on.targets.history(i) for i in on.found.tolist()]
+        candidates = [on.candidates[i] for i in on.found.tolist()]
+        said = self.ranker.scores(histories, candidates, stages("LLM on validation users", len(histories)))
         self.ranker.priors(np.unique(np.concatenate(candidates)), stages("LLM without history", 1))
-        prior = [self.ranker.prior[c] for c in candidates]
-        target = [
-            int(np.flatnonzero(c == t)[0]) if t in c else -1 for c, t in zip(candidates, sample.item, strict=True)
-        ]
-        return choose_fusion([row[k] for row, k in zip(scores, kept, strict=True)], likelihood, prior, target)
+        likelihood = [np.zeros(0) for _ in on.place]
+        prior = list(likelihood)
+        for i, row, scores in zip(on.found.tolist(), candidates, said, strict=True):
+            likelihood[i], prior[i] = scores, self.ranker.prior[row]
+        return choose_fusion(on.interest, likelihood, prior, on.place.tolist())
 
     def with_ranker(self, engine: Engine, *, stages: Stages = silent) -> Recommender:
         """The same item vectors and encoder, with another engine (such as an adapter) that ranks and generates.
@@ -176,7 +172,7 @@ class Recommender(Updated):
         if self._other is not None:
             model.use_embedder(self._other)
         begun = time.perf_counter()
-        model.fusion = model._choose_fusion(self.split.valid, stages)
+        model.fusion = model._choose_fusion(stages)
         model.seconds["choose the fusion"] = time.perf_counter() - begun
         model.prior = model.ranker.prior
         return model

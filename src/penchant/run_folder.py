@@ -50,7 +50,11 @@ class FitConfig(BaseModel):
     candidates: int = Field(default=20, ge=1, description="retrieved items that the LLM ranks")
     max_history: int = Field(default=20, ge=1, description="newest events in a prompt")
     prompt_tokens: int = Field(default=768, ge=16, description="tokens of a prompt; the oldest events go first")
-    validation_users: int = Field(default=200, ge=1, description="validation users the fusion weight is chosen on")
+    validation_users: int = Field(
+        default=200,
+        ge=1,
+        description="validation users, of those whose target was retrieved, that the LLM's weight is chosen on",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the sample of validation users")
 
     @model_validator(mode="after")

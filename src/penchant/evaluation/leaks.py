@@ -26,6 +26,7 @@ from penchant.interest.fit import training_behaviours, training_sequences
 from penchant.interest.inputs import Columns, Reading
 from penchant.schema import TIME, USER
 from penchant.tokens import Prompt
+from penchant.weigh import weighed_on
 
 if TYPE_CHECKING:
     from penchant.recommend import Recommender
@@ -77,8 +78,8 @@ def check_model(model: Recommender, targets: Targets | None = None, asked: Targe
     check_reading(model.split, model.columns, model.reading, targets)
     if asked is None or not len(asked):
         return found
-    weighed = model.split.valid.sample(model.config.validation_users, model.config.seed)
-    return found + _check_rendered(model, weighed) + _check_rendered(model, asked)
+    on = weighed_on(model)
+    return found + _check_rendered(model, on.targets.take(on.found)) + _check_rendered(model, asked)
 
 
 def check_weights(source: dict[str, Any] | None, split: Split) -> LeakCheck:
