@@ -27,7 +27,7 @@ import penchant as pt
 from penchant import metrics
 from penchant.environment import environment
 from penchant.evaluation.statistics import bootstrap_mean
-from penchant.files import staged_file, write_json
+from penchant.files import sha256_text, staged_file, write_json
 from penchant.fusion import Fusion, choose_fusion
 from penchant.rank import Question, Ranker
 from penchant.training.checkpoints import checkpoints, load_checkpoint
@@ -82,15 +82,20 @@ def main(
     log = read_log(folder / "log.jsonl")
     stops = _stops(folder, log, sorted(minutes))
     points: list[dict[str, Any]] = []
-    base = None if untuned is None else ranks_of(_load(untuned))[1]["fused"]
+    base = None
+    if untuned is not None:
+        start = _load(untuned)
+        if start.get("asked") != bench.asked:
+            raise typer.BadParameter(f"{untuned} is of other candidates or users: measure it with these settings")
+        base = ranks_of(start)[1]["fused"]
     for label, trained, path in stops:
         kept = work / f"{name}-{path.name}.npz"
-        if not kept.is_file():
+        if not kept.is_file() or _load(kept).get("asked") != bench.asked:
             load_checkpoint(path, recipe.student, None)
             loss = held_out_loss(task, recipe.student, recipe.config)
             said = bench.scores()
             with staged_file(kept) as stage, stage.open("wb") as handle:
-                np.savez(handle, held_out_loss=np.nan if loss is None else loss, **said)
+                np.savez(handle, asked=bench.asked, held_out_loss=np.nan if loss is None else loss, **said)
         point = _load(kept)
         fusion, ranks = ranks_of(point)
         base = ranks["fused"] if base is None else base
@@ -110,6 +115,7 @@ def main(
         {
             "recipe": name,
             "points": points,
+            "candidates": candidates,
             "settings": settings.model_dump(mode="json"),
             "steps": len(steps),
             "targets": sum(r["targets"] for r in steps),
@@ -145,6 +151,10 @@ class Bench:
         valid = split.valid if validation_users == 0 else split.valid.sample(validation_users, 0)
         self._parts = {"valid": valid, "test": test}
         self._found = {name: recipe.retriever.for_targets(t, k) for name, t in self._parts.items()}
+        # Of everybody's candidates: a point that was kept of others is none of this curve.
+        self.asked = sha256_text(
+            repr([(t.position.tolist(), self._found[n].items.tolist()) for n, t in self._parts.items()])
+        )
 
     def scores(self) -> dict[str, NDArray[Any]]:
         """What encoder and LLM say of every part's candidates, rows one after another: see ``_part``.

@@ -22,6 +22,7 @@ from penchant.environment import commit_of, environment
 from penchant.evaluation.probe import memorisation, neutral_dataset, probe
 from penchant.fetch import KNOWN, fetch
 from penchant.files import write_json
+from penchant.interest.config import EncoderConfig
 
 
 def read(data: str) -> pt.Dataset:
@@ -54,7 +55,9 @@ def main(
     print_recall(found["recall"])
     if fit:
         neutral = neutral_dataset(dataset, seed, codec=engine.codec)
-        models = [pt.Recommender.fit(pt.leave_last_out(one), engine) for one in (dataset, neutral)]
+        # Neighbours know items by their IDs, whatever their names: beside them little of a title could be missed.
+        config = pt.FitConfig(encoder=EncoderConfig(neighbours=0))
+        models = [pt.Recommender.fit(pt.leave_last_out(one), engine, config) for one in (dataset, neutral)]
         report = probe(models[0], models[1], llm_users=llm_users, seed=seed)
         found |= {"probe": report.to_dict(), "neutral": neutral.report["neutral"]}
         print(report.to_text())

@@ -89,11 +89,13 @@ def _number(value: float | None) -> str:
 def curves(runs: dict[str, dict[str, Any]]) -> list[str]:
     """What each recipe's training does to the order of the same retrieved candidates (eval/finetuning.py)."""
     points = [run["points"][0]["systems"]["encoder"]["NDCG@10"] for run in runs.values()]
+    without = all(run["settings"]["retriever"]["neighbours"] == 0 for run in runs.values())
+    encoder = "the encoder (without neighbours)" if without else "the encoder"
     lines = [
         "### fine-tuning on ml-100k",
         "",
         f"NDCG@10 of the same 20 retrieved candidates on all {points[0]['n']:,} test users, in the order of the LLM "
-        f"alone and of LLM and encoder fused, weights from validation users; the encoder has {_ranged(points[0])}.",
+        f"alone and of LLM and encoder fused, weights from validation users; {encoder} has {_ranged(points[0])}.",
         "",
         "| recipe | minutes | held-out loss | LLM alone | fused | fused minus encoder | fused minus untuned fused |",
         "|---|---|---|---|---|---|---|",

@@ -75,7 +75,7 @@ def synthetic_run(folder: Path, n_items: int) -> None:
         }
     )
     split = leave_last_out(Dataset.read(events, titles))
-    config = FitConfig(encoder=EncoderConfig(use_text=False), layer=0)
+    config = FitConfig(encoder=EncoderConfig(use_text=False, neighbours=0), layer=0)
     torch.manual_seed(0)
     templates = Templates()
     texts = templates.item_texts(split.dataset.items.to_dict(as_series=False), split.log.item_ids).texts

@@ -47,7 +47,16 @@ def main(
     settings = {"length": 50, "blocks": 2, "heads": 2, "dim": 64, "dropout": 0.5, "threads": threads}
     targets = sum(len(s) - 1 for s in sequences)
     config = EncoderConfig(
-        use_text=False, max_length=50, blocks=2, heads=2, dim=64, dropout=0.5, epochs=2, patience=2, learning_rate=1e-3
+        use_text=False,
+        neighbours=0,
+        max_length=50,
+        blocks=2,
+        heads=2,
+        dim=64,
+        dropout=0.5,
+        epochs=2,
+        patience=2,
+        learning_rate=1e-3,
     )
     torch.set_num_threads(threads)
     _, epochs = train_encoder(sequences, log.n_items, None, config, lambda encoder: 0.0)

@@ -48,7 +48,7 @@ class Log:
 def measured(log: Log, k: int, repeats: int) -> dict[str, Any]:
     """The run with the smallest time in all, of ``repeats``."""
     targets = log.targets()
-    encoder = InterestEncoder(EncoderConfig(use_text=False), log.items, None).eval()
+    encoder = InterestEncoder(EncoderConfig(use_text=False, neighbours=0), log.items, None).eval()
     counts: NDArray[np.float32] = np.ones(log.items, dtype=np.float32)
     system = SASRec(encoder, encoder.item_matrix(), counts, "encoder")
     rank_targets(system, targets.take(np.arange(min(2_000, log.users))), k=k)  # threads and caches are warm then

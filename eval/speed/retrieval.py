@@ -57,7 +57,7 @@ def one_user(n_items: int, dim: int, n: int, k: int, seen: int) -> dict[str, Any
     """Milliseconds of one request after another: a history of ``seen`` items to its interest vector, then to the k
     best of the items that are not in it. The encoder has IDs of so many items and is untrained: that takes as long.
     """
-    encoder = InterestEncoder(EncoderConfig(use_text=False, dim=dim), n_items, None).eval()
+    encoder = InterestEncoder(EncoderConfig(use_text=False, neighbours=0, dim=dim), n_items, None).eval()
     index = ExactIndex(encoder.item_matrix())
     rng = np.random.default_rng(1)
     times = []

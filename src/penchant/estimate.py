@@ -114,6 +114,7 @@ def estimate_fit(
         "one forward: logits and states": (256 * sizes["vocabulary"] * 8 + 4096 * sizes["hidden"] * 40) / mib,
         "item vectors": 2 * len(texts) * width * 4 / mib,
         "encoder training: logits and gradients": (3 * logits_held(len(texts)) + 6 * len(texts) * width) * 4 / mib,
+        "neighbours": 16 * len(texts) * config.encoder.near / mib,  # as trained, and as a sparse matrix to search with
         "interactions": float(split.dataset.interactions.estimated_size("mb")) * 2,
     }
     return FitEstimate(costs, {name: round(value, 1) for name, value in memory.items()})

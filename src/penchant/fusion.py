@@ -36,6 +36,7 @@ class Fusion:
     valid_ndcg: float | None = None  # NDCG@10 on the validation users it was chosen on
     interest_ndcg: float | None = None  # the interest score's own, on the same users and candidates
     n_users: int = 0
+    n_found: int = 0  # those whose target was retrieved: the weight is chosen on them
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +79,7 @@ def choose_fusion(interest: Rows, likelihood: Rows, prior: Rows, target: Sequenc
             if loss < min(least, alone - _PRICE):
                 chosen, least = Fusion(round(b / (a + b), 2), calibration), loss
     quality, plain = (_ndcg(fusion, interest, likelihood, prior, target) for fusion in (chosen, Fusion(0.0, 0.0)))
-    return Fusion(chosen.weight, chosen.calibration, quality, plain, len(target))
+    return Fusion(chosen.weight, chosen.calibration, quality, plain, len(target), len(found))
 
 
 def _padded(rows: Rows) -> NDArray[np.float64]:

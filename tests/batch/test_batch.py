@@ -18,6 +18,7 @@ from penchant.batch import BatchOptions, dry_run, run, status
 from penchant.engine.transformers import TransformersEngine
 from penchant.errors import ConfigError, StorageError
 from penchant.fusion import Fusion
+from penchant.interest.behaviour import History
 from penchant.recommend import Recommender
 
 COLUMNS = ["row", "user_id", "item_id", "rank", "score", "stage", "interest", "llm", "fused", "model"]
@@ -136,6 +137,16 @@ def test_a_real_model_gives_the_same_whatever_was_done_before(
     assert files[0] == files[1]
 
 
+def bonus_of(model: Recommender, history: History, item: int) -> float:
+    found = model.encoder.bonus([history], model.encoder.encode([history]))
+    return 0.0 if found is None else float(found.toarray()[0, item])
+
+
+def own_score(model: Recommender, history: History, item: int) -> float:
+    dot = float(model.encoder.encode([history])[0] @ model.encoder.item_matrix()[item])
+    return dot + bonus_of(model, history, item)
+
+
 def test_pairs_are_scored_each_on_its_own(model: Recommender, tmp_path: Path) -> None:
     pairs = [("u1", "5"), ("u2", "5"), ("u1", "9"), ("guest", "5")]
     frame = pl.DataFrame(pairs, schema=["user_id", "item_id"], orient="row")
@@ -149,7 +160,7 @@ def test_pairs_are_scored_each_on_its_own(model: Recommender, tmp_path: Path) ->
         history = model.behaviour(user) if user != "guest" else None
         row = np.array([0, 1], dtype=np.int32) if history is None else history.item
         at = np.array([model.item_index[item]])
-        interest = float(model.encoder.encode([history or row])[0] @ model.encoder.item_matrix()[at[0]])
+        interest = own_score(model, history or row, int(at[0]))
         assert plain["score"][place] == pytest.approx(interest, abs=1e-4)
         assert plain["interest"][place] == llm["interest"][place]
         assert plain["llm"][place] is None
@@ -170,11 +181,13 @@ def test_vectors_of_users_and_items_are_the_encoder_s(model: Recommender, users:
     assert np.array_equal(theirs["vector"].to_numpy(), model.encoder.item_matrix())
     expected = model.encoder.encode([model.behaviour(f"u{i}") for i in range(11)])
     assert mine["vector"].to_numpy()[:11] == pytest.approx(expected, abs=1e-5)
-    # A dot product of the two is the interest score.
+    # A dot product of the two is the interest score, but for what neighbours add.
     run(model, tmp_path / "recs", users, method="retrieve", k=1, max_bad_share=0.2)
     best = results(tmp_path / "recs").row(0, named=True)
     item = theirs.filter(pl.col("item_id") == best["item_id"])["vector"].to_numpy()[0]
-    assert best["score"] == pytest.approx(float(mine["vector"].to_numpy()[0] @ item), abs=1e-4)
+    bonus = bonus_of(model, model.behaviour("u0"), model.item_index[best["item_id"]])
+    assert bonus > 0
+    assert best["score"] == pytest.approx(float(mine["vector"].to_numpy()[0] @ item) + bonus, abs=1e-4)
 
 
 def test_every_user_the_run_knows(model: Recommender, tmp_path: Path) -> None:

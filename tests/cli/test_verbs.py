@@ -59,9 +59,16 @@ def test_fit_says_what_it_did_and_ends_with_the_run(ready: Any) -> None:
     assert lines[0].startswith("Dataset(30 users, 16 items, 270 interactions")
     assert lines[1].startswith("leave-last-out: 210 training events, 30 validation and 30 test targets")
     assert re.match(r"encoder: \d epochs, best \d, validation NDCG@10 0\.\d{4}", lines[2])
-    assert re.match(r"fusion: LLM weight [\d.]+, calibration [\d.]+; NDCG@10 on 5 validation users", lines[3])
-    assert re.match(r"seconds: embed items [\d.]+, train encoder [\d.]+, choose the fusion [\d.]+$", lines[4])
-    assert lines[5:] == [str(ready.run)]
+    assert re.match(r"neighbours: weight [\d.]+$", lines[3])
+    fused = re.match(
+        r"fusion: LLM weight [\d.]+, calibration [\d.]+, chosen on 5 validation users whose target was retrieved; "
+        r"NDCG@10 on the (\d+) drawn 0\.\d{4}, encoder alone 0\.\d{4}$",
+        lines[4],
+    )
+    assert fused is not None
+    assert 5 <= int(fused[1]) <= 30
+    assert re.match(r"seconds: embed items [\d.]+, train encoder [\d.]+, choose the fusion [\d.]+$", lines[5])
+    assert lines[6:] == [str(ready.run)]
     stages = [line.split("] ")[1] for line in ready.fit_err.splitlines()]
     assert stages[:3] == ["embed items (16)", "train encoder (3)", "LLM on validation users (5)"]
 
@@ -143,7 +150,7 @@ def test_fit_without_out_needs_dry_run_which_says_the_cost_and_writes_nothing(
     ):
         assert re.search(rf"^{stage} +[1-9][\d,]* {unit} +\d+ s$", ended.out, re.MULTILINE), stage
     assert re.search(r"^in all +\d+ s$", ended.out, re.MULTILINE)
-    assert len(re.findall(r"^memory: .+ [\d,]+ MiB$", ended.out, re.MULTILINE)) == 5
+    assert len(re.findall(r"^memory: .+ [\d,]+ MiB$", ended.out, re.MULTILINE)) == 6
     assert list(tmp_path.iterdir()) == []
     assert sorted(ready.run.parent.rglob("*")) == before
 
@@ -581,7 +588,8 @@ def test_as_a_program_only_answers_are_on_stdout(ready: Any, tmp_path: Path) -> 
     command = [sys.executable, "-m", "penchant", *map(str, ready.fit), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    starts = ["Dataset(", "leave-last-out: ", "encoder: ", "fusion: ", "seconds: ", str(tmp_path / "run")]
+    parts = ("leave-last-out", "encoder", "neighbours", "fusion", "seconds")
+    starts = ["Dataset(", *(f"{part}: " for part in parts), str(tmp_path / "run")]
     lines = done.stdout.splitlines()
-    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 6, done.stdout
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 7, done.stdout
     assert all(re.match(r"\[ *[\d.]+ s\] ", line) for line in done.stderr.splitlines()), done.stderr

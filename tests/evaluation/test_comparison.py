@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tests.conftest import toy_frames
 from tests.fake_engine import FakeEngine
 
@@ -178,6 +179,22 @@ def test_a_task_that_only_asks_others_takes_the_encoders_that_were_trained(data:
     weights = weights_of(comparison(data, [BOTH], task()), BOTH)
     weights.write_bytes(weights.read_bytes()[:-8] + b"12345678")
     assert fitted(data, [BOTH], task(k=3)) == [f"{BOTH} 0"]
+
+
+def test_a_ranking_is_never_beside_other_weights_than_those_it_was_made_with(data: Path) -> None:
+    one = comparison(data, [BOTH])
+    first = one.finished(BOTH, 0)
+    assert first is not None
+    key = first.record["trained"]
+    config = EncoderConfig.model_validate(first.record["fit"]["chosen"]["config"])
+    other = InterestEncoder.load(one.trained.weights(key), config, 16, one.vectors)
+    assert other.ids is not None
+    other.ids.weight.data.add_(torch.randn(other.ids.weight.shape, generator=torch.Generator().manual_seed(0)))
+    one.trained.save(key, other, {"fit": first.record["fit"], "origin": {}})  # a run beside this one was faster
+    again = comparison(data, [BOTH]).finished(BOTH, 0)
+    assert again is not None
+    assert again.record["weights"] != first.record["weights"]
+    assert again.ranked.rank.tolist() != first.ranked.rank.tolist()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,10 @@ from penchant.run_folder import FitConfig
 
 CANDIDATES = 5
 CONFIG = FitConfig(
-    encoder=EncoderConfig(dim=16, blocks=1, dropout=0.1, max_length=12, epochs=1, batch_rows=8, learning_rate=1e-2),
+    # Neighbours have tests of their own; the loops below have none.
+    encoder=EncoderConfig(
+        dim=16, blocks=1, dropout=0.1, max_length=12, epochs=1, batch_rows=8, learning_rate=1e-2, neighbours=0
+    ),
     candidates=CANDIDATES,
     validation_users=10,
 )

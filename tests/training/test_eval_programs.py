@@ -72,6 +72,33 @@ def test_finetuning_measures_before_during_and_after(
         assert f"{point['held_out_loss']:.3f}" in row
         gain = point["fused minus encoder, NDCG@10"]
         assert f"{gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]" in row
+    # Points that were kept are taken as they are, and neither into nor beside a curve of other candidates.
+    again, asked = program("finetuning.py"), []
+    true_scores = again.Bench.scores
+    again.Bench.scores = lambda self: asked.append(self) or true_scores(self)
+
+    def measure(candidates: int, untuned: Path | None = None) -> None:
+        again.main(
+            SimpleNamespace(args=[]),
+            "next_item",
+            tmp_path / "data",
+            tmp_path / "work",
+            tmp_path / "again.json",
+            [0.5, 2.0],
+            untuned=untuned,
+            config=config,
+            candidates=candidates,
+            test_users=6,
+            validation_users=6,
+        )
+
+    measure(5, tmp_path / "work/next_item-step-0000000.npz")
+    assert not asked
+    assert json.loads((tmp_path / "again.json").read_text())["points"] == found["points"]
+    with pytest.raises(typer.BadParameter, match="of other candidates"):
+        measure(4, tmp_path / "work/next_item-step-0000000.npz")
+    measure(4)
+    assert len(asked) == 3
     for point in found["points"]:
         assert set(point["systems"]) >= {"encoder", "llm", "llm calibrated", "fused"}
         assert all(0 <= s["NDCG@10"]["mean"] <= 1 and s["NDCG@10"]["n"] == 6 for s in point["systems"].values())

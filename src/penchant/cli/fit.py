@@ -50,7 +50,7 @@ def fit_command(
     candidates: Annotated[int | None, typer.Option(help="Retrieved items the LLM ranks.")] = None,
     max_history: Annotated[int | None, typer.Option(help="Newest events in a prompt.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="Token budget of a prompt.")] = None,
-    validation_users: Annotated[int | None, typer.Option(help="Users the fusion weight is chosen on.")] = None,
+    validation_users: Annotated[int | None, typer.Option(help="Users that the LLM's weight is chosen on.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Most epochs of the encoder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, batches and samples.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost.")] = False,
@@ -122,8 +122,9 @@ def fit_command(
         typer.echo(f"index: hnsw, recall@100 of exact search {recall:.3f} on validation histories")
     fusion = fitted.fusion
     typer.echo(
-        f"fusion: LLM weight {fusion.weight:g}, calibration {fusion.calibration:g}; NDCG@10 on {fusion.n_users} "
-        f"validation users {fusion.valid_ndcg or 0:.4f}, encoder alone {fusion.interest_ndcg or 0:.4f}"
+        f"fusion: LLM weight {fusion.weight:g}, calibration {fusion.calibration:g}, chosen on {fusion.n_found} "
+        f"validation users whose target was retrieved; NDCG@10 on the {fusion.n_users} drawn "
+        f"{fusion.valid_ndcg or 0:.4f}, encoder alone {fusion.interest_ndcg or 0:.4f}"
     )
     typer.echo("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in fitted.seconds.items()))
     if out is not None:

@@ -138,7 +138,7 @@ class Comparison(Prepared):
         chosen = None if tuned is None else tuned.record["fit"]["chosen"]["config"]
         key = self.key(name, seed, chosen=chosen)
         found = self.store.load(name, seed, key)
-        if found is not None and (name != BOTH or self.trained.load(found.record.get("trained", ""))):
+        if found is not None and (name != BOTH or self._has_weights(found.record)):
             self.say(f"{name}, seed {seed}: stored")
             self.origins[name, seed] = found.record.get("origin", {})
             return found
@@ -166,16 +166,21 @@ class Comparison(Prepared):
             self.say(f"{name}, seed {seed}: trained already")
             config = EncoderConfig.model_validate(stored["fit"]["chosen"]["config"])
             encoder = load_encoder(self, name, self.trained.weights(key), config)
-            record = {"fit": stored["fit"], "trained": key, "origin": {"trained": stored["origin"]}}
-            return ranking(self, name, encoder), record
+            record = {"fit": stored["fit"], "trained": key, "weights": stored["weights"]}
+            return ranking(self, name, encoder), record | {"origin": {"trained": stored["origin"]}}
         begun = time.perf_counter()
         fitted = self._fit(name, seed, chosen)
         if not isinstance(fitted.system, SASRec):
             raise TypeError(f"{name} is no encoder")
         fit = fitted.to_dict()
         made = {"fit": fit, "origin": origin(self.stamp, time.perf_counter() - begun)}
-        self.trained.save(key, fitted.system.encoder, made)
-        return fitted.system, {"fit": fit, "trained": key}
+        weights = self.trained.save(key, fitted.system.encoder, made)
+        return fitted.system, {"fit": fit, "trained": key, "weights": weights}
+
+    def _has_weights(self, record: dict[str, Any]) -> bool:
+        """Whether the weights that a stored ranking was made with are still there."""
+        stored = self.trained.load(record.get("trained", ""))
+        return stored is not None and stored["weights"] == record.get("weights")
 
     def _time_left(self, what: str) -> bool:
         if self.task.seconds is None or time.perf_counter() - self.begun < self.task.seconds:
@@ -298,7 +303,8 @@ class Comparison(Prepared):
             checked = self.checked + check_model(model, targets, targets.take(protocol.sampled(targets)))
             report = self._table(done, protocol, checked, model)
         report.notes.append(
-            f"the LLM's weight was chosen on {model.fusion.n_users:,} validation users, besides the encoder's budget"
+            f"the LLM's weight was chosen on {model.fusion.n_found:,} validation users whose target was retrieved, of "
+            f"{model.fusion.n_users:,} drawn, besides the encoder's budget"
         )
         if self.load_ranker is not None:
             report.notes.append(f"the LLM that ranks is an adapter: {described(self.ranker.source)}")
@@ -330,11 +336,16 @@ class Comparison(Prepared):
             "seeds": self.task.seeds,
             **self.stamp,
             "environment": environment(),
-            "seconds": round(sum(made.get("seconds") or 0.0 for made in self.origins.values()), 1),
+            "seconds": round(sum(map(_seconds, self.origins.values())), 1),
             "systems": [{"name": name, "seed": seed, **_made(where)} for (name, seed), where in self.origins.items()],
             "spread": spread(runs),
             "runs": runs,
         }
+
+
+def _seconds(where: Mapping[str, Any]) -> float:
+    """Of a system, its training by another task included."""
+    return (where.get("seconds") or 0.0) + (where.get("trained") or {}).get("seconds", 0.0)
 
 
 def _made(where: Mapping[str, Any]) -> dict[str, Any]:

@@ -109,11 +109,13 @@ class TrainedStore:
         whole = isinstance(found, dict) and weights.is_file() and sha256_file(weights) == found.get("weights")
         return found if whole else None
 
-    def save(self, key: str, encoder: InterestEncoder, record: Mapping[str, Any]) -> None:
-        """Write both files, the JSON last."""
+    def save(self, key: str, encoder: InterestEncoder, record: Mapping[str, Any]) -> str:
+        """Write both files, the JSON last; the weights' SHA-256."""
         with staged_file(self.weights(key)) as stage:
             encoder.save(stage)
-        write_json(self._record(key), {**record, "weights": sha256_file(self.weights(key))})
+            made = sha256_file(stage)
+        write_json(self._record(key), {**record, "weights": made})
+        return made
 
     def weights(self, key: str) -> Path:
         """Where the encoder's weights are."""

@@ -120,7 +120,8 @@ def deviations(scores: sparse.csr_array) -> NDArray[np.float64]:
 
 
 def similar_items(sequences: Sequence[Items], n_items: int, size: int) -> sparse.csr_array:
-    """The ``size`` most similar items of each, (n_items, n_items), equal ones in index order, in no order within a row.
+    """The ``size`` most similar items of each, (n_items, n_items), equal ones in index order but for rounding, in no
+    order within a row.
 
     similarity(i, j) = (pairs(i, j) + pairs(j, i) / 2) / (sqrt(n_i n_j) + 10), where pairs(i, j) counts the times that j
     comes d <= 50 events after i, each as .9 ** (d - 1), and n_i the events of i.
@@ -130,11 +131,14 @@ def similar_items(sequences: Sequence[Items], n_items: int, size: int) -> sparse
     events = np.bincount(item, minlength=n_items)
     by_item, end = np.argsort(item, kind="stable"), np.cumsum(events)
     rows = []
-    first = 0
+    first, at_once = 0, max(1, _PAIRS // (2 * _WINDOW))
     while first < n_items:  # the items of so many events at once, so that memory doesn't grow with the log
         before = end[first] - events[first]
-        last = max(first + 1, int(np.searchsorted(end, before + _PAIRS // (2 * _WINDOW), side="right")))
-        pairs = _pairs(item, owner, by_item[before : end[last - 1]], first, (last - first, n_items))
+        last = max(first + 1, int(np.searchsorted(end, before + at_once, side="right")))
+        at = by_item[before : end[last - 1]]  # one item may have more of them: then in pieces
+        pairs = sparse.csr_array((last - first, n_items), dtype=np.float32)
+        for piece in np.split(at, range(at_once, len(at), at_once)):
+            pairs = pairs + _pairs(item, owner, piece, first, pairs.shape)
         rows.append(_most_similar(pairs, events, first, size))
         first = last
     return sparse.vstack(rows, format="csr") if rows else sparse.csr_array((0, 0), dtype=np.float32)
