@@ -91,8 +91,7 @@ class Recommender(Updated):
         if rendered.truncated:
             notes.append(f"{rendered.truncated} item texts were cut to their first 200 characters")
         layer = default_layer(engine.n_layers) if config.layer is None else config.layer
-        resolved = config.encoder.model_copy(update={"neighbours": config.encoder.near})
-        config = config.model_copy(update={"layer": layer, "encoder": resolved})  # a saved run says what it has
+        config = config.model_copy(update={"layer": layer, "encoder": config.encoder.resolved()})
         with timed("embed items"):
             done = stages("embed items", len(items) * max(1, len(config.fields)))
             vectors = embed_items(engine, items, rendered.texts, config, templates.hash("item"), done)

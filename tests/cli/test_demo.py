@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import toy_frames
+from tests.fake_engine import FakeEngine
 
 from penchant.cli import demo
 from penchant.data.dataset import Dataset
-from penchant.data.split import leave_last_out
+from penchant.data.split import Split, leave_last_out
+from penchant.interest.config import EncoderConfig
+from penchant.recommend import silent
+from penchant.run_folder import FitConfig
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +54,21 @@ def test_the_demos_fine_tune(monkeypatch: pytest.MonkeyPatch, byte_folder: Path,
     assert second != first
     demo._finetune(leave_last_out(Dataset.read(*toy_frames(seed=4))), tmp_path / "demo", fresh=False)
     assert made() != second, "other data"
+
+
+def test_the_demos_run_is_opened_where_the_same_was_fitted(tmp_path: Path) -> None:
+    engine: Any = FakeEngine()
+    encoder = EncoderConfig(dim=8, blocks=1, max_length=8, epochs=1, batch_rows=8)  # neighbours as they come
+    config = FitConfig(encoder=encoder, candidates=4, validation_users=3)
+    split = leave_last_out(Dataset.read(*toy_frames()))
+
+    def opened(config: FitConfig = config, *, split: Split = split, fresh: bool = False) -> bool:
+        return demo._fit_or_load(split, engine, config, tmp_path / "run", fresh=fresh, stages=silent)[1]
+
+    assert not opened()
+    assert opened()
+    assert not opened(fresh=True)
+    assert opened()
+    assert not opened(config.model_copy(update={"encoder": encoder.model_copy(update={"neighbours": 4})}))
+    assert not opened()
+    assert not opened(split=leave_last_out(Dataset.read(*toy_frames(seed=4))))

@@ -144,8 +144,8 @@ def _fit_or_load(
 
     if (out / "manifest.json").is_file() and not fresh:
         found = read_manifest(out)
-        wanted = config.model_dump(mode="json")
-        made_with = {**found["config"], "layer": wanted["layer"]}  # resolved when the run was fitted
+        wanted = config.model_copy(update={"encoder": config.encoder.resolved()}).model_dump(mode="json")
+        made_with = {**found["config"], "layer": wanted["layer"]}
         if (found["data"], found["fingerprint"], found["templates"], made_with) == (
             split.dataset.content_hash,
             engine.fingerprint,

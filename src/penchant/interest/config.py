@@ -127,6 +127,10 @@ class EncoderConfig(BaseModel):
             return 100 if self.use_ids and self._is_product else 0
         return self.neighbours
 
+    def resolved(self) -> EncoderConfig:
+        """The same with ``neighbours`` as a number: what is saved says what it has."""
+        return self.model_copy(update={"neighbours": self.near})
+
     @property
     def _is_product(self) -> bool:
         return self.relevance != "mlp" and self.value_column is None

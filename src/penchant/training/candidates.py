@@ -38,7 +38,7 @@ class Retriever:
         self, split: Split, vectors: NDArray[np.float32], config: EncoderConfig, *, seed: int, key: Sequence[str]
     ) -> None:
         self._split, self._vectors, self._config, self._seed = split, vectors, config, seed
-        own = (config.model_copy(update={"neighbours": config.near}).model_dump_json(), str(seed))
+        own = (config.resolved().model_dump_json(), str(seed))
         self._key = (split.dataset.content_hash, repr(sorted(split.spec.items())), *own, *key)
 
     def for_targets(self, targets: Targets, k: int) -> Candidates:
