@@ -90,13 +90,14 @@ def main(
         base = ranks_of(start)[1]["fused"]
     for label, trained, path in stops:
         kept = work / f"{name}-{path.name}.npz"
-        if not kept.is_file() or _load(kept).get("asked") != bench.asked:
+        point = _load(kept) if kept.is_file() else {}
+        if point.get("asked") != bench.asked:
             load_checkpoint(path, recipe.student, None)
             loss = held_out_loss(task, recipe.student, recipe.config)
             said = bench.scores()
             with staged_file(kept) as stage, stage.open("wb") as handle:
                 np.savez(handle, asked=bench.asked, held_out_loss=np.nan if loss is None else loss, **said)
-        point = _load(kept)
+            point = _load(kept)
         fusion, ranks = ranks_of(point)
         base = ranks["fused"] if base is None else base
         points.append(

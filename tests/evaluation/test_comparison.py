@@ -174,6 +174,10 @@ def test_a_task_that_only_asks_others_takes_the_encoders_that_were_trained(data:
         assert again.record["fit"] == one.record["fit"]
         assert made[name, seed]["commit"] == "new"
         assert made[name, seed]["trained"]["commit"] == "old"
+    # What a table took is with the training, whoever paid for it.
+    took = sum(one["seconds"] + one.get("trained", {}).get("seconds", 0) for one in made.values())
+    assert result["seconds"] == pytest.approx(took, abs=0.06)
+    assert took > sum(one["seconds"] for one in made.values())
     # What trains otherwise is trained anew, and so is what was torn.
     assert fitted(data, [BOTH], task(**two, seen_last=3)) == [f"{BOTH} 3", f"{BOTH} 4"]
     weights = weights_of(comparison(data, [BOTH], task()), BOTH)
