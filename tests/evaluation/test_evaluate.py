@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from numpy.typing import NDArray
 from tests.conftest import toy_frames
 from tests.fake_engine import FakeEngine
 
@@ -31,6 +32,7 @@ from penchant.evaluation.statistics import bootstrap_mean, holm, paired_permutat
 from penchant.evaluation.systems import Queries
 from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
+from penchant.rank import Ranker
 from penchant.recommend import Recommender
 from penchant.run_folder import FitConfig
 
@@ -179,9 +181,10 @@ def groups(report: Report) -> list[str]:
 
 @pytest.mark.parametrize("k", [1, 3, 10])
 @pytest.mark.parametrize("part", ["test", "valid"])
-def test_every_system_has_the_numbers_of_a_plain_loop(k: int, part: str, model: Recommender) -> None:
+@pytest.mark.parametrize("found_only", [False, True])
+def test_every_system_has_the_numbers_of_a_plain_loop(k: int, part: str, found_only: bool, model: Recommender) -> None:
     targets = getattr(model.split, part)
-    report = evaluate(model, targets, k=k, llm_users=1_000)
+    report = evaluate(model, targets, k=k, llm_users=1_000, llm_found_only=found_only)
     every, sample, difference = groups(report)
     expected = plain(model, targets)
     for system, ranks in expected.items():
@@ -321,6 +324,41 @@ def test_every_system_is_shown_on_the_same_seeded_sample(model: Recommender) -> 
         for system, ranks in reranked(model, part)[0].items():
             check(report, sample, system, ranks, 3)
         assert {e.n for row in report.rows if row.group in (sample, difference) for e in row.metrics.values()} == {8}
+
+
+def test_asked_of_retrieved_targets_alone_the_llm_reads_no_other_history(
+    monkeypatch: pytest.MonkeyPatch, model: Recommender
+) -> None:
+    targets = model.split.test
+    choices = np.array(reranked(model, targets)[1])
+    found, missed = np.flatnonzero(choices), np.flatnonzero(choices == 0)
+
+    told: list[int] = []
+    plain = Ranker.scores
+
+    def spy(ranker: Ranker, histories: Any, candidates: Any, progress: Any = None) -> Any:
+        told.append(len(histories))
+        return plain(ranker, histories, candidates, progress)
+
+    monkeypatch.setattr(Ranker, "scores", spy)
+
+    def asked(rows: NDArray[np.integer], found_only: bool) -> tuple[int, Report]:
+        told.clear()
+        report = evaluate(model, targets.take(rows), llm_users=1_000, llm_found_only=found_only)
+        return told[0], report  # those behind it are single requests, whose latency is measured
+
+    every = np.arange(len(targets))
+    n, report = asked(every, True)
+    assert n == len(found) < len(targets) == asked(every, False)[0]
+    assert any(f"asked of the {len(found)} targets among them that were retrieved" in note for note in report.notes)
+    assert not [one for one in report.beyond if one["system"].startswith("llm")], "half of such lists are the encoder's"
+    assert [one for one in asked(every, False)[1].beyond if one["system"].startswith("llm")]
+    n, report = asked(missed, True)
+    assert n == 0
+    assert any("asked of the 0 targets among them" in note for note in report.notes)
+    _, sample, _ = groups(report)
+    for name in ("llm likelihood", FUSED):
+        check(report, sample, name, reranked(model, targets.take(missed))[0][name], 10)
 
 
 def test_without_llm_users_the_llm_is_not_asked(model: Recommender) -> None:

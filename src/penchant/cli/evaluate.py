@@ -38,6 +38,13 @@ def evaluate_command(
         int | None,
         typer.Option(help="Seeded test users that go through the LLM stage, 0: none; default: the task's, or 500."),
     ] = None,
+    llm_found_only: Annotated[
+        bool | None,
+        typer.Option(
+            "--llm-found-only/--llm-all",
+            help="Ask the LLM of retrieved targets only: the same accuracy for less; default: the task's, or all.",
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the sample and of the intervals; default: the task's first, or 0.")
     ] = None,
@@ -75,6 +82,7 @@ def evaluate_command(
             "--lists": lists,
             "-k": k,
             "--llm-users": llm_users,
+            "--llm-found-only": llm_found_only,
             "--average": average,
             "--seen": seen,
             "--slice-by": slice_by,
@@ -87,11 +95,13 @@ def evaluate_command(
         _write(report, json, html, markdown)
         return
     targets, protocol, published = _asked(model, task, data_dir)
-    given: dict[str, Any] = {"k": k, "llm_users": llm_users, "seed": seed, "average": average, "seen": seen}
+    given: dict[str, Any] = {"k": k, "llm_users": llm_users, "llm_found_only": llm_found_only}
+    given |= {"seed": seed, "average": average, "seen": seen}
     own, protocol = protocol, replace(protocol, **{name: v for name, v in given.items() if v is not None})
     if lists is not None:
         for name, value in (
             ("--llm-users", llm_users),
+            ("--llm-found-only", llm_found_only),
             ("--baselines", baselines),
             ("--price-per-hour", price_per_hour),
         ):

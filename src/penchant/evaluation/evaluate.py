@@ -46,6 +46,7 @@ class Protocol:
 
     k: int = 10
     llm_users: int = 500
+    llm_found_only: bool = False
     seed: int = 0
     average: Average = "event"
     seen: Seen = "mask"
@@ -98,7 +99,7 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         """For the settings of a report."""
         sampled = None if self.candidates is None else self.candidates.shape[1]
-        names = ("k", "llm_users", "seed", "average", "seen", "seen_last")
+        names = ("k", "llm_users", "llm_found_only", "seed", "average", "seen", "seen_last")
         return {name: getattr(self, name) for name in names} | {"candidates": sampled}
 
 
@@ -108,6 +109,7 @@ def evaluate(
     *,
     k: int = 10,
     llm_users: int = 500,
+    llm_found_only: bool = False,
     seed: int = 0,
     average: Average = "event",
     seen: Seen = "mask",
@@ -123,7 +125,8 @@ def evaluate(
 ) -> Report:
     """Recall@k, NDCG@k and MRR with 95% intervals, on ``targets`` (the split's test targets by default).
 
-    ``llm_users`` targets, drawn with ``seed``, go through the LLM stage (0: none do). ``average``: events count
+    ``llm_users`` targets, drawn with ``seed``, go through the LLM stage (0: none do); with ``llm_found_only`` the LLM
+    is asked of those that were retrieved, which costs less and changes no accuracy. ``average``: events count
     alike, or users do. ``seen``, ``seen_last`` and ``candidates`` are those of ``rank_targets``. ``baselines`` stand
     beside the built-in ones (popularity in place of it), and ours is tested against the best. ``slices`` also by
     ``item_columns`` and by every column of ``users`` (a table with user_id). ``n_examples`` real users are shown with
@@ -133,7 +136,7 @@ def evaluate(
     Raises DataError where there are no targets, they are another log's, one is a training event, or the leak check
     finds something; ConfigError where two systems have one name, or an adapter was trained on another split.
     """
-    protocol = Protocol(k, llm_users, seed, average, seen, seen_last, candidates)
+    protocol = Protocol(k, llm_users, llm_found_only, seed, average, seen, seen_last, candidates)
     check_price(price_per_hour)
     targets = model.split.test if targets is None else targets
     check_targets(model.split, targets)
@@ -264,12 +267,19 @@ def tabulate(
             seen=protocol.seen,
             seen_last=protocol.seen_last,
             candidates=None if protocol.candidates is None else protocol.candidates[chosen],
+            found_only=protocol.llm_found_only,
             stages=stages,
         )
         seconds["LLM stage"] = time.perf_counter() - begun
         rows += _llm_rows(table.take(chosen), protocol, model, shown, stage, best)
-        shown += stage.ranked
         notes.append(f"the LLM stage ran on {len(chosen):,} seeded users of {len(targets):,}; --llm-users changes that")
+        if stage.n_asked < len(chosen):
+            notes.append(
+                f"the LLM was asked of the {stage.n_asked:,} targets among them that were retrieved: no order of other "
+                "candidates changes the accuracy. Costs are of these; numbers beyond accuracy leave it out"
+            )
+        else:
+            shown += stage.ranked
     rows, tests = corrected(rows)
     notes += tests
     sliced = table.slice_rows(parts, ranked)
@@ -289,7 +299,7 @@ def tabulate(
         _settings(split, protocol, model),
         {name: round(value, 2) for name, value in seconds.items()},
         slices=sliced,
-        costs=_costs(ranked, stage, len(chosen), shown[0], fit_seconds or {}),
+        costs=_costs(ranked, stage, shown[0], fit_seconds or {}),
         beyond=_beyond(split, shown_targets, shown, vectors),
         examples=examples(
             split,
@@ -350,14 +360,15 @@ def _llm_rows(
 
 
 def _costs(
-    ranked: Sequence[Ranked], stage: LLMStage | None, n_llm: int, encoder: Ranked, fit_seconds: dict[str, float]
+    ranked: Sequence[Ranked], stage: LLMStage | None, encoder: Ranked, fit_seconds: dict[str, float]
 ) -> list[Cost]:
     out = [
         Cost(one.system, 1000 * one.seconds / max(1, len(one.rank)), 0.0, fit_seconds.get(one.system)) for one in ranked
     ]
     if stage is not None:
-        seconds = 1000 * (stage.seconds + encoder.seconds) / n_llm
-        tokens = None if stage.tokens is None else 1000 * stage.tokens / n_llm
+        # The encoder's seconds are of all, the LLM's of those it was asked of.
+        seconds = 1000 * (stage.seconds / max(1, stage.n_asked) + encoder.seconds / len(encoder.rank))
+        tokens = None if stage.tokens is None else 1000 * stage.tokens / max(1, stage.n_asked)
         out += [Cost(one.system, seconds, tokens, fit_seconds.get(one.system)) for one in stage.ranked]
     return out
 

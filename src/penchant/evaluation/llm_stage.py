@@ -27,13 +27,14 @@ class LLMStage:
 
     ``ranked`` has the plain likelihood and the calibrated one (or the answer to another question that the model asks
     the LLM), and the model's own fusion last. ``choices``
-    (n,) is how many candidates each target stands among, 0 where it is none of them. ``seconds`` and ``tokens``
-    (None where the engine does not count) are of scoring the candidates; ``prior_seconds`` of the no-history
-    likelihoods, which are computed once for a catalogue.
+    (n,) is how many candidates each target stands among, 0 where it is none of them. ``n_asked`` is of how many
+    targets the LLM was asked, which took ``seconds`` and ``tokens`` (None where the engine does not count) of scoring
+    the candidates; ``prior_seconds`` are of the no-history likelihoods, which are computed once for a catalogue.
     """
 
     ranked: list[Ranked]
     choices: NDArray[np.int64]
+    n_asked: int
     seconds: float
     tokens: int | None
     prior_seconds: float
@@ -56,38 +57,46 @@ def run_llm_stage(
     seen: Seen,
     seen_last: int | None,
     candidates: NDArray[np.integer] | None,
+    found_only: bool = False,
     stages: Stages,
 ) -> LLMStage:
     """Let the LLM reorder the encoder's candidates (or those given) of targets with a history.
 
-    ``encoder`` is the encoder's ranking of the same targets: behind the candidates its order goes on.
+    ``encoder`` is the encoder's ranking of the same targets: behind the candidates its order goes on. With
+    ``found_only`` the LLM is not asked of targets that are none of their candidates: no order of these changes such a
+    target's rank. Their lists are then the encoder's.
     """
     histories = [targets.history(i) for i in range(len(targets))]
     behaviours = model.reading.before(targets.position)
     items, interest = _candidates(model, behaviours, seen, seen_last, candidates)
+    choices = np.array(
+        [len(row) if t in row else 0 for t, row in zip(targets.item, items, strict=True)], dtype=np.int64
+    )
+    asked = np.flatnonzero(choices > 0) if found_only else np.arange(len(items))
     engine = model.engine
     begun, counted = time.perf_counter(), _tokens(engine)
-    likelihood = model.ranker.scores(histories, items, stages("LLM on test users", len(histories)))
+    said = model.ranker.scores(
+        [histories[i] for i in asked], [items[i] for i in asked], stages("LLM on test users", len(asked))
+    )
     seconds, after = time.perf_counter() - begun, _tokens(engine)
     begun = time.perf_counter()
-    model.ranker.priors(np.unique(np.concatenate(items)), stages("LLM without history", 1))
+    if len(asked):
+        model.ranker.priors(np.unique(np.concatenate([items[i] for i in asked])), stages("LLM without history", 1))
     prior_seconds = time.perf_counter() - begun
     alone = Fusion(1.0, 0.0)
-    asked = {LIKELIHOOD: alone, CALIBRATED: Fusion(1.0, 1.0)}
+    ways = {LIKELIHOOD: alone, CALIBRATED: Fusion(1.0, 1.0)}
     if model.config.question != "likelihood":  # there is nothing to take out of an answer
-        asked = {f"llm {model.config.question}": alone}
-    variants = asked | {fused_name(model.fusion): model.fusion}
+        ways = {f"llm {model.config.question}": alone}
+    variants = ways | {fused_name(model.fusion): model.fusion}
     ranked = []
     for name, fusion in variants.items():
-        scores = [
-            fusion.scores(e, lik, model.ranker.prior[row])
-            for e, lik, row in zip(interest, likelihood, items, strict=True)
-        ]
+        scores: list[NDArray[np.floating]] = list(interest)
+        for i, likelihood in zip(asked, said, strict=True):
+            scores[i] = fusion.scores(interest[i], likelihood, model.ranker.prior[items[i]])
         rank, top = _reordered(items, scores, targets.item, encoder, model.log.n_items, behind=candidates is None)
         ranked.append(Ranked(name, rank, top, seconds))
-    choices = [len(row) if t in row else 0 for t, row in zip(targets.item, items, strict=True)]
     tokens = None if counted is None or after is None else after - counted
-    return LLMStage(ranked, np.array(choices, dtype=np.int64), seconds, tokens, prior_seconds)
+    return LLMStage(ranked, choices, len(asked), seconds, tokens, prior_seconds)
 
 
 def _candidates(

@@ -87,6 +87,7 @@ class Task(_Part):
     seen_last: int | None = Field(default=None, ge=0, description="mask only the newest so many events")
     average: Average = "event"
     llm_users: int = Field(default=500, ge=0, description="seeded targets of the LLM stage; 0: none")
+    llm_found_only: bool = Field(default=False, description="ask the LLM of retrieved targets only: the same accuracy")
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     baselines: list[Name] | None = Field(default=None, description="None: all that can be made")
     ours: list[Literal["encoder: text", "encoder: ids", "encoder: ids + text"]] | None = Field(
@@ -106,9 +107,8 @@ class Task(_Part):
     @property
     def hash(self) -> str:
         """Of all that decides a system's numbers: not the list of baselines, seeds, limits or published ones."""
-        kept = self.model_dump(
-            mode="json", exclude={"about", "baselines", "ours", "seeds", "seconds", "published", "llm_users"}
-        )
+        told = {"about", "baselines", "ours", "seeds", "seconds", "published", "llm_users", "llm_found_only"}
+        kept = self.model_dump(mode="json", exclude=told)
         return sha256_text(yaml.safe_dump(kept, sort_keys=True))
 
     @property
@@ -159,6 +159,7 @@ class Asked:
         return Protocol(
             k=task.k,
             llm_users=task.llm_users,
+            llm_found_only=task.llm_found_only,
             seed=seed,
             average=task.average,
             seen=task.seen,
