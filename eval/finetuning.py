@@ -66,7 +66,7 @@ def main(
     if name not in QUESTION:
         raise typer.BadParameter(f"{name} has no order of candidates: use one of {', '.join(QUESTION)}")
     if untuned is not None and not untuned.is_file():
-        raise typer.BadParameter(f"{untuned} is not there: measure the untuned point first")  # not after the training
+        raise typer.BadParameter(f"{untuned} is not there: measure the untuned point first")
     kind = CONFIGS[name]
     settings = read_settings(kind, config, context.args).model_copy(
         update={"max_minutes": max(minutes), "eval_minutes": sorted(minutes)[:-1], "patience": 10**6}
@@ -74,20 +74,20 @@ def main(
     dataset = pt.Dataset.load(data)
     split = cut(dataset, settings)
     folder = work / name
-    if not (folder / "penchant.json").is_file():
-        finetune(name, settings, split, folder, resume=(folder / "run.json").is_file(), on_record=_show)
     recipe = Recipe(name, settings, split)
-    task = recipe.task()
     bench = Bench(recipe, QUESTION[name], candidates, test_users, validation_users)
-    log = read_log(folder / "log.jsonl")
-    stops = _stops(folder, log, sorted(minutes))
-    points: list[dict[str, Any]] = []
     base = None
     if untuned is not None:
         start = _load(untuned)
         if start.get("asked") != bench.asked:
             raise typer.BadParameter(f"{untuned} is of other candidates or users: measure it with these settings")
         base = ranks_of(start)[1]["fused"]
+    if not (folder / "penchant.json").is_file():
+        finetune(name, settings, split, folder, resume=(folder / "run.json").is_file(), on_record=_show)
+    task = recipe.task()
+    log = read_log(folder / "log.jsonl")
+    stops = _stops(folder, log, sorted(minutes))
+    points: list[dict[str, Any]] = []
     for label, trained, path in stops:
         kept = work / f"{name}-{path.name}.npz"
         point = _load(kept) if kept.is_file() else {}

@@ -1,6 +1,6 @@
 """TALLRec's few-shot protocol: AUC on its test examples after training on 16, 64, 256 or all of its training examples.
 
-    python eval/tallrec.py --data-dir data --size 16 --size 64 --size 256 --seeds 3 \
+    python eval/tallrec.py --data-dir data --size 16 --size 64 --size 256 --size 0 --seeds 3 \
         --work runs/tallrec --out eval/results/tallrec-movie.json
 
 Examples are drawn by seed from the task's training rows (eval/tasks/tallrec-movie.yaml). Of four points of a run (every

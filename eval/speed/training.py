@@ -118,7 +118,7 @@ def _full(student: Student, length: int) -> Batch:
     size = int(student.causal_lm.get_input_embeddings().weight.shape[0])
     builder = RowBuilder(rng.integers(100, size, size=length).tolist())
     builder.supervise(1, length - 1)
-    return dataclasses.replace(_batch(student, [builder.build()]), mask=None)
+    return dataclasses.replace(_batch(student, [builder.build()]), layout=None)
 
 
 def _packs(student: Student, rows: list[Row], config: NextItemConfig) -> list[Batch]:
@@ -149,10 +149,18 @@ def _in_turns(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, li
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
+            _wait()
             begun = time.perf_counter()
             run()
+            _wait()
             seconds[name].append(time.perf_counter() - begun)
     return seconds
+
+
+def _wait() -> None:
+    """A GPU has done what it was given: else one side's work is timed as the other's."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _memory(model: str) -> dict[str, Any]:

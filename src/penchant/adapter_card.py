@@ -67,6 +67,19 @@ def check_vectors(adapter: str | Path | None, layer: int, pooling: str) -> None:
         )
 
 
+def check_likes(adapter: str | Path | None) -> None:
+    """ConfigError where an adapter learnt yes and no from histories that say what was liked: a ranker's don't."""
+    card = read_card(adapter)
+    if card is not None and card.get("marks_likes"):
+        raise ConfigError(
+            "was trained on histories that say of each item whether it was liked, and would be asked with ones that "
+            "don't",
+            where=str(adapter),
+            remedy="train yes_no on a dataset without like_threshold; `penchant evaluate --task tallrec-movie` asks as "
+            "it was trained",
+        )
+
+
 def check_data(source: dict[str, Any] | None, data: str, split: dict[str, Any]) -> list[str]:
     """What a reader must know of the data that an engine's weights were trained on, a line each.
 

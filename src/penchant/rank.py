@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from penchant.adapter_card import check_likes, trained_part
 from penchant.errors import ConfigError, NotFiniteError
 from penchant.prompt import Rendered, Templates
 
@@ -88,6 +89,8 @@ class Ranker:
         prior: NDArray[np.float64] | None = None,
         question: Question = "likelihood",
     ) -> None:
+        if question == "yes_no":
+            check_likes(trained_part(engine.source))
         self._engine = engine
         self._templates = templates
         self._texts = texts

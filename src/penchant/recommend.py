@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from penchant import schema
-from penchant.adapter_card import check_templates, trained_part
+from penchant.adapter_card import check_likes, check_templates, trained_part
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, leave_last_out
 from penchant.errors import ConfigError, DataError
@@ -77,6 +77,8 @@ class Recommender(Updated):
         ranks = engine if ranker is None else ranker
         for one in (engine, ranks):
             check_templates(trained_part(one.source), templates)  # now, not when the encoder is trained
+        if config.question == "yes_no":
+            check_likes(trained_part(ranks.source))
         seconds: dict[str, float] = {}
 
         @contextmanager

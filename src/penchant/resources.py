@@ -15,6 +15,12 @@ _PACKAGE = Path(__file__).resolve().parent
 _ORIGINAL = {"prompts": "prompts", "configs": "finetune/configs", "tasks": "eval/tasks"}
 
 
+def config_file(path: Path) -> Path:
+    """The file itself; where there is none of that name, the shipped configuration (`fit-quick`) that it names."""
+    named = shipped("configs") / f"{path.name.removesuffix('.yaml')}.yaml"
+    return named if not path.exists() and path.name == str(path) and named.is_file() else path
+
+
 def shipped(kind: Literal["prompts", "configs", "tasks"]) -> Path:
     """The folder of that kind; ConfigError where the installation lacks it."""
     for folder in (_PACKAGE / "_shipped" / kind, _PACKAGE.parents[1] / _ORIGINAL[kind]):

@@ -97,6 +97,14 @@ def test_held_out_rows_ask_for_the_validation_event(corpus: Corpus, byte_folder:
     assert {int(row.targets[0]) for row in rows} <= set(corpus.split.valid.position.tolist())
 
 
+def test_held_out_letters_say_nothing_either(corpus: Corpus, byte_folder: Path) -> None:
+    """The fixed retriever has the truth first: in its order the letter would always be A."""
+    rows = valid_rows(corpus, config(byte_folder), Fixed(corpus), 99)  # type: ignore[arg-type]
+    answers = [row.choices.tolist().index(int(row.label[0])) for row in rows]
+    assert len(rows) > 20
+    assert set(answers) == set(range(5))
+
+
 def test_a_held_out_event_is_no_training_row(corpus: Corpus, byte_folder: Path) -> None:
     held = int(corpus.split.test.position[0])
     candidates = np.array([int(corpus.split.log.item[held]), 15])

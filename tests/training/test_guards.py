@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.training.helpers import losses_of, settings, steps_of
+from tests.training.test_yes_no import entry
 
 from penchant.adapter_card import check_templates, read_card
 from penchant.data.dataset import Dataset
@@ -25,7 +28,7 @@ from penchant.run_folder import FitConfig
 from penchant.training import recipe as recipe_module
 from penchant.training import recipes
 from penchant.training.checkpoints import checkpoints, load_checkpoint
-from penchant.training.config import ChooseConfig, ContrastiveConfig, NextItemConfig, PreferenceConfig
+from penchant.training.config import ChooseConfig, ContrastiveConfig, NextItemConfig, PreferenceConfig, YesNoConfig
 from penchant.training.merge import merge
 from penchant.training.recipe import Recipe
 from penchant.training.recipes import finetune
@@ -114,16 +117,19 @@ def test_an_adapter_that_does_not_reload_to_itself_is_an_error(
 # -- losses that are no numbers --------------------------------------------------------------------
 
 
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
-    """For ``on_record``: after step 5 a weight of the student is no number."""
+def poisoned(
+    monkeypatch: pytest.MonkeyPatch, step: int = 5, value: float = float("nan")
+) -> Callable[[dict[str, Any]], None]:
+    """For ``on_record``: after that step the student's weights have this value."""
     students: list[Student] = []
     plain = recipe_module.load_student
     monkeypatch.setattr(recipe_module, "load_student", lambda c: students.append(plain(c)) or students[-1])
 
     def poison(record: dict[str, Any]) -> None:
-        if record["kind"] == "step" and record["step"] == 5:
+        if record["kind"] == "step" and record["step"] == step:
             with torch.no_grad():
-                next(iter(students[0].trainable().values()))[0, 0] = float("nan")
+                for parameter in students[0].trainable().values():
+                    parameter.fill_(value)
 
     return poison
 
@@ -143,6 +149,27 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
     fresh = plain(config)
     load_checkpoint(last, fresh, None)
     assert all(bool(torch.isfinite(p).all()) for p in fresh.trainable().values())
+    monkeypatch.setattr(recipe_module, "load_student", plain)
+    finetune("next_item", config, toy, tmp_path / "run", resume=True)
+    finetune("next_item", config, toy, tmp_path / "whole")
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(float("nan"), "no numbers after step 4"), (1e30, "in step 5; it was not taken")]
+)
+def test_a_checkpoint_whose_next_loss_is_no_number_is_not_the_last_good_one(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path, value: float, what: str
+) -> None:
+    """Weights that go bad in a step that is kept: no numbers at once, or so large that the next step says so."""
+    config = settings(byte_folder, epochs=3, checkpoint_every=2, eval_every=99)
+    plain = recipe_module.load_student
+    poison = poisoned(monkeypatch, 4, value)
+    with pytest.raises(NotFiniteLossError, match=what) as raised:
+        finetune("next_item", config, toy, tmp_path / "run", on_record=poison)
+    last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert last.name == "step-0000002"
+    assert str(last) in str(raised.value.remedy)
     monkeypatch.setattr(recipe_module, "load_student", plain)
     finetune("next_item", config, toy, tmp_path / "run", resume=True)
     finetune("next_item", config, toy, tmp_path / "whole")
@@ -209,6 +236,25 @@ def test_nothing_learnt_in_fifty_steps_is_said_aloud(toy: Dataset, byte_folder: 
     assert len(said) == 1
     assert said[0] in outcome.warnings
     assert json.loads((tmp_path / "run" / "penchant.json").read_text())["outcome"]["warnings"] == outcome.warnings
+
+
+def test_without_held_out_rows_the_first_steps_say_that_nothing_is_learnt(
+    byte_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    rows = [entry('"Heat (1995)"', '"Up (2009)"', title, "Yes.") for title in ("Alien (1979)", "M (1931)") * 30]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    few = {"prompts": str(prompts), "examples": str(tmp_path / "train.json")}
+    few |= {"max_steps": 51, "epochs": 99, "packs_per_step": 1, "pack_tokens": 256}
+    what = "nothing learnt in 50 steps: the loss of the first step's rows"
+    with (
+        pytest.warns(UserWarning, match="no held-out row|nothing learnt") as caught,
+        pytest.raises(ModelError, match="changes no logit"),
+    ):
+        finetune("yes_no", settings(byte_folder, YesNoConfig, learning_rate=1e-12, **few), None, tmp_path / "none")
+    assert [w for w in caught if what in str(w.message)]
+    with pytest.warns(UserWarning, match="no held-out row"):
+        outcome = finetune("yes_no", settings(byte_folder, YesNoConfig, **few), None, tmp_path / "learnt")
+    assert not [text for text in outcome.warnings if "nothing learnt" in text]
 
 
 def test_weights_that_get_no_gradient_are_an_error(
@@ -402,9 +448,51 @@ def test_a_row_longer_than_the_models_context_is_refused(toy: Dataset, tmp_path:
         finetune("next_item", settings(small, max_steps=1), toy, tmp_path / "rows")
 
 
-def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot be loaded for training"):
-        load_student(settings(tmp_path))
+def copied(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+def test_a_folder_that_holds_no_whole_model_is_refused(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    """Before anything is trained: weights that are not there would be random, and others in each process."""
+    (tmp_path / "empty").mkdir()
+    torn = copied(byte_folder, tmp_path / "torn") / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1000])
+    lacking = copied(byte_folder, tmp_path / "lacking") / "model.safetensors"
+    weights = load_file(lacking)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, lacking, metadata={"format": "pt"})
+    mute = copied(byte_folder, tmp_path / "mute")
+    for path in mute.glob("*token*"):
+        path.unlink()
+    for name, words in {
+        "empty": "cannot be loaded|no config",
+        "torn": "cannot be loaded",
+        "lacking": "lacks 1 of the model's weights, such as model.layers.0.mlp.up_proj.weight",
+        "mute": "cannot be loaded",
+    }.items():
+        with pytest.raises(ModelError, match=words):
+            finetune("next_item", settings(tmp_path / name), toy, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:no validation", "ignore:nothing learnt")  # a few steps need not help
+def test_answers_learnt_from_likes_and_dislikes_are_not_asked_for_without_them(
+    toy: Dataset, byte_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    few = {"prompts": str(prompts), "max_steps": 6, "pack_tokens": 400, "negatives": ["unexposed"]}
+    rated = Dataset(toy.interactions.with_columns(rating=pl.lit(4.0)), toy.items)
+    finetune("yes_no", settings(byte_folder, YesNoConfig, like_threshold=3.0, **few), rated, tmp_path / "marked")
+    finetune("yes_no", settings(byte_folder, YesNoConfig, **few), rated, tmp_path / "plain")
+    config = FitConfig(candidates=4, validation_users=4, question="yes_no", encoder={"epochs": 1})
+    engine, marked, plain = (
+        load_engine(byte_folder, adapter, dtype="float32", device="cpu")
+        for adapter in (None, tmp_path / "marked", tmp_path / "plain")
+    )
+    with pytest.raises(ConfigError, match="say of each item whether it was liked"):
+        Recommender.fit(leave_last_out(toy), engine, config=config, prompts=prompts, ranker=marked)
+    model = Recommender.fit(leave_last_out(toy), engine, config=config, prompts=prompts, ranker=plain)
+    assert len(model.recommend(users=["u0"], k=3)) == 3
 
 
 def test_validation_does_not_disturb_training(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:

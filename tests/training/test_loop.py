@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import is_comet_ml_available
-from tests.training.helpers import losses_of, patched_clock, settings, steps_of
+from tests.training.helpers import fresh_accelerate, losses_of, patched_clock, settings, steps_of
 
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
@@ -121,6 +121,34 @@ def test_accumulation_and_checkpointing_do_not_change_the_losses(
         assert same_losses(toy, byte_folder, tmp_path / name, **changes) == pytest.approx(plain, abs=1e-5), name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_runs_each_block_again(byte_folder: Path, toy: Dataset, checkpointing: bool) -> None:
+    config: NextItemConfig = settings(byte_folder, gradient_checkpointing=checkpointing)
+    recipe, task = task_of(toy, config)
+    blocks = recipe.student.causal_lm.base_model.layers
+    calls: list[int] = []
+    for number, block in enumerate(blocks):
+        # Running anew ends as soon as all that is needed is there again: before the hooks of a block's last part.
+        block.self_attn.register_forward_hook(lambda *_, number=number: calls.append(number))
+    batch = collate([[task.rows[0]]], recipe.student.dtype)
+    recipe.student.train()
+    torch.autograd.backward(task.loss(recipe.student, recipe.student, batch))  # type: ignore[operator]
+    assert sorted(calls) == sorted([*range(len(blocks))] * (2 if checkpointing else 1))
+
+
+def test_no_environment_divides_the_gradient(
+    monkeypatch: pytest.MonkeyPatch, toy: Dataset, byte_folder: Path, tmp_path: Path
+) -> None:
+    """accelerate's own accumulation would: ours divides by the step's weight."""
+    norms = []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        with fresh_accelerate():
+            finetune("next_item", settings(byte_folder, max_steps=2), toy, tmp_path / steps)
+        norms.append([r["gradient_norm"] for r in steps_of(tmp_path / steps)])
+    assert norms[0] == norms[1]
+
+
 def test_checkpointing_with_dropout_recomputes_the_same_noise(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
     noise = {"lora": {"r": 4, "alpha": 8, "dropout": 0.3}}
     plain = same_losses(toy, byte_folder, tmp_path / "1", **noise)
@@ -165,7 +193,7 @@ def test_it_stops_by_the_score_and_not_by_the_loss(toy: Dataset, byte_folder: Pa
     assert outcome.best is not None
     assert outcome.best["score"] == 0.5
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step-0000004", "step-0000010"], "the best and the newest"
+    assert kept == ["step-0000004", "step-0000009", "step-0000010"], "the best and the newest two"
     assert loop.best_checkpoint().name == "step-0000004"
 
 

@@ -56,6 +56,19 @@ def test_rows_hold_each_target_once_with_its_rivals(corpus: Corpus, byte_folder:
         assert len(row.inputs) < window + 1
 
 
+def test_a_window_that_fits_no_pack_is_cut_in_two(corpus: Corpus, byte_folder: Path) -> None:
+    retriever: Any = Fixed(corpus)
+    whole = list(preference_rows(corpus, config(byte_folder, every=1, pack_tokens=4_000), retriever))
+    longest = max(len(row) for row in whole)
+    made = config(byte_folder, every=1, pack_tokens=longest - 1)
+    rows = list(preference_rows(corpus, made, retriever))
+    assert len(rows) > len(whole)
+    assert max(len(row) for row in rows) < longest
+    targets = np.concatenate([row.targets for row in rows])
+    assert sorted(targets.tolist()) == preference_targets(corpus, made).tolist(), "each target once, as before"
+    assert len([row for row in rows if len(row) == 0]) == 0
+
+
 def test_an_item_of_the_same_title_is_no_rival(byte_folder: Path) -> None:
     from tests.training.helpers import corpus_of
 

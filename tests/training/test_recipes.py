@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from tests import tiny
 from tests.training.helpers import letter_prompts, losses_of, plain_logprobs, settings, steps_of
 from tests.training.test_yes_no import entry
@@ -24,6 +26,7 @@ from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.prompt import Templates
+from penchant.resources import shipped
 from penchant.training import next_item, recipes
 from penchant.training.config import (
     CONFIGS,
@@ -168,6 +171,21 @@ def test_full_training_leaves_a_plain_model(
     assert served == pytest.approx(scores_of(student), abs=1e-4)
     assert np.abs(served - scores_of(load_student(settings(byte_folder)))).max() > 1e-3
     assert all(p.requires_grad for p in student.parameters())
+
+
+def test_full_training_in_bfloat16_keeps_what_a_step_moves(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    """Weights in bfloat16 would stay where they are under steps smaller than 1/256 of them."""
+    small = {"method": "full", "learning_rate": 1e-4, "max_steps": 20, "epochs": 9}
+    lowest = {}
+    for dtype in ("float32", "bfloat16"):
+        finetune("next_item", settings(byte_folder, dtype=dtype, **small), toy, tmp_path / dtype)
+        found = steps_of(tmp_path / dtype, "validation")
+        lowest[dtype] = found[0]["valid_loss"] - found[-1]["valid_loss"]
+    assert lowest["float32"] > 0.01
+    assert lowest["bfloat16"] == pytest.approx(lowest["float32"], rel=0.1)
+    before, after = (load_file(folder / "model.safetensors") for folder in (byte_folder, tmp_path / "bfloat16"))
+    moved = [float((after[name].float() != before[name].float()).float().mean()) for name in before if "proj" in name]
+    assert min(moved) > 0.95
 
 
 def test_full_training_of_an_untied_head(toy: Dataset, tiny_folder: Path, tmp_path: Path) -> None:
@@ -571,6 +589,33 @@ def test_choose_learns_on_the_toy_data(toy: Dataset, byte_folder: Path, tmp_path
     finetune("choose", config, toy, tmp_path / "run")
     losses = losses_of(tmp_path / "run")
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+
+
+def test_preference_learns_on_the_toy_data(toy: Dataset, byte_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    few = {"max_rows": 8, "max_steps": 20, "epochs": 99, "learning_rate": 1e-2, "patience": 99}
+    finetune("preference", made("preference", byte_folder, prompts, **few), toy, tmp_path / "run")
+    losses = losses_of(tmp_path / "run")
+    assert losses[0] == pytest.approx(np.log(3), abs=1e-3), "the reference itself, among one and two rivals"
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+
+
+def test_other_templates_data_or_words_of_a_tokenizer_are_other_rows(
+    toy: Dataset, byte_folder: Path, tiny_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """What is kept of rows is found by all that decides them."""
+
+    def key(model: Path = byte_folder, data: Dataset = toy, **changes: Any) -> tuple[str, ...]:
+        return Recipe("next_item", settings(model, **changes), leave_last_out(data))._key()
+
+    renamed = Dataset(toy.interactions, toy.items.with_columns(title=pl.col("title") + "!"))
+    words = shutil.copytree(byte_folder, tmp_path / "words")
+    shutil.copy(tiny_folder / "tokenizer.json", words / "tokenizer.json")
+    text = (shipped("prompts") / "next_item.jinja").read_text(encoding="utf-8")
+    (tmp_path / "next_item.jinja").write_text(text.replace("version: ", "version: 9"), encoding="utf-8")
+    plain = key()
+    assert plain == key() == key(learning_rate=3e-3)
+    others = [key(data=renamed), key(model=words), key(prompts=str(tmp_path)), key(window=5)]
+    assert len({plain, *others}) == 5
 
 
 # -- the leak check --------------------------------------------------------------------------------

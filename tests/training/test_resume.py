@@ -337,13 +337,13 @@ def test_a_checkpoint_of_another_adapter_is_refused(byte_folder: Path, tmp_path:
         load_checkpoint(path, other, None)
 
 
-def test_pruning_keeps_the_newest_and_those_named(byte_folder: Path, tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_two_and_those_named(byte_folder: Path, tmp_path: Path) -> None:
     student, optimiser = trained(byte_folder, 0)
-    for step in (1, 5, 10, 20):
+    for step in (1, 5, 7, 10, 20):
         save_checkpoint(tmp_path, student, optimiser, step, {})
     (tmp_path / ".step-0000025.abc.tmp").mkdir()
     prune(tmp_path, {"step-0000005"})
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-0000005", "step-0000020"]
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-0000005", "step-0000010", "step-0000020"]
 
 
 # -- a full disk -----------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from penchant.errors import ConfigError
-from penchant.training.config import CONFIGS, ChooseConfig, NextItemConfig, TrainConfig, YesNoConfig
+from penchant.training.config import CONFIGS, ChooseConfig, NextItemConfig, PreferenceConfig, TrainConfig, YesNoConfig
 from penchant.training.settings import describe, read_settings
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "finetune" / "configs"
@@ -40,6 +43,59 @@ def test_every_shipped_file_is_valid(path: Path) -> None:
         if isinstance(got, BaseModel):
             got = {k: getattr(got, k) for k in value}
         assert got == value, key
+
+
+def test_a_shipped_file_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("preference-beside", "preference-beside.yaml"):
+        assert read(kind=PreferenceConfig, path=Path(name)) == read(
+            kind=PreferenceConfig, path=CONFIG_FOLDER / "preference-beside.yaml"
+        )
+    (tmp_path / "preference-beside").write_text("beside: 3.0")
+    assert read(kind=PreferenceConfig, path=Path("preference-beside")).beside == 3.0, "a file of that name is the file"
+    for name in ("preference-besides", "there/preference-beside"):
+        with pytest.raises(ConfigError, match="cannot be read") as raised:
+            read(kind=PreferenceConfig, path=Path(name))
+        assert "preference-beside" in str(raised.value.remedy)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command that a program's docstring, a shipped file's head or a README shows: recipe and options."""
+    top = CONFIG_FOLDER.parents[1]
+    texts = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in sorted((top / "finetune").glob("*.py"))]
+    texts += [re.sub(r"^# ?", "", path.read_text(), flags=re.MULTILINE) for path in SHIPPED]
+    texts += [(top / name).read_text() for name in ("README.md", "finetune/README.md")]
+    found = []
+    for text in texts:
+        lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+        for line in lines:
+            shown = re.match(
+                r" *(?:accelerate launch .*?|python )finetune/(\w+)\.py |    penchant finetune (\w+) ", line
+            )
+            if shown:
+                found.append((shown[1] or shown[2], line))
+    return found
+
+
+def test_every_command_shown_is_one_that_runs() -> None:
+    shown = commands()
+    assert {recipe for recipe, _ in shown} == set(CONFIGS)
+    for recipe, line in shown:
+        words = shlex.split(line, comments=True)
+        words = words[next(i for i, word in enumerate(words) if recipe in word) + 1 :]
+        config = None
+        for option in ("--data", "--out", "--config"):
+            if option in words:
+                at = words.index(option)
+                config = Path(words[at + 1]) if option == "--config" else config
+                del words[at : at + 2]
+        words = [word for word in words if word not in ("--dry-run", "--resume", "--settings", "...")]
+        path = config if config is None or config.name == str(config) else CONFIG_FOLDER.parents[1] / config
+        found = read(*words, kind=CONFIGS[recipe], path=path)
+        if many := re.search(r"--num_processes (\d+)", line):
+            assert found.packs_per_step >= int(many[1]), f"{line}: a process without a pack"
+        if found.start_from:
+            assert "lora" not in found.model_fields_set, f"{line}: the adapter's own settings are kept"
 
 
 # -- options ---------------------------------------------------------------------------------------

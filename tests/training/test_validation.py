@@ -67,28 +67,61 @@ def test_letters_are_scored_in_the_candidates_order(corpus: Corpus, byte_folder:
     assert len(set(ranks)) > 3
 
 
+class FirstLetter(Oracle):
+    """A student that takes A, whatever stands behind it."""
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        return -torch.arange(len(batch.choices)).repeat(len(batch.at), 1).float()
+
+
+def test_the_letters_do_not_follow_the_retrievers_order(corpus: Corpus, byte_folder: Path) -> None:
+    config = settings(byte_folder, ChooseConfig, letters=6)
+    targets = corpus.split.valid
+    found = Fixed(corpus).candidates(targets.position, 6)  # the truth always first
+    student: Any = FirstLetter(corpus)
+    chance = np.mean([1 / np.log2(1 + rank) for rank in range(1, 7)])
+    assert LetterScore(corpus, config, targets, found)(student)["NDCG@10"] == pytest.approx(chance, abs=0.12)
+
+
 def test_likelihoods_are_those_of_plain_forwards(corpus: Corpus, byte_folder: Path) -> None:
     config: TrainConfig = settings(byte_folder)
     student = stirred(config)
     targets = corpus.split.valid.sample(5, 1)
     found = Fixed(corpus).candidates(targets.position, 4)
+    found.items[2] = found.items[2, [1, 2, 3, 3]]  # one whose target was missed, and holds fewer
+    found.items[2, 3] = -1
     score = LikelihoodScore(corpus, config, targets, found, corpus.codec.tokenizer)
+    asked = [0, 1, 3, 4]
     likelihood, prior = score.likelihoods(student)
-    ranks = []
-    for i in range(len(targets)):
+    assert len(likelihood) == len(asked), "an order without the target tells nothing"
+    ranks = [0]
+    for row, i in enumerate(asked):
         history = [{"text": corpus.texts[j]} for j in targets.history(i)[-8:]]
         prompts = [corpus.templates.render("next_item", {"history": h}).prompt for h in (history, [])]
         with torch.no_grad():
-            for got, prompt in zip((likelihood[i], prior[i]), prompts, strict=True):
+            for got, prompt in zip((likelihood[row], prior[row]), prompts, strict=True):
                 context = corpus.codec.encode(prompt)
                 wanted = [float(plain_logprobs(student, context, corpus.item_tokens[c]).sum()) for c in found.items[i]]
                 assert got == pytest.approx(wanted, abs=1e-3)
-        ranks.append(1 + int((likelihood[i] > likelihood[i][score.places[i]]).sum()))
+        ranks.append(1 + int((likelihood[row] > likelihood[row][score.places[row]]).sum()))
     said = score(student)
     assert said["LLM NDCG@10, calibration 0"] == pytest.approx(ndcg(ranks))
-    assert said["encoder NDCG@10"] == 1, "the fixed retriever has the truth first"
+    assert said["encoder NDCG@10"] == 0.8, "the fixed retriever has the truth first, but where it missed it"
     assert said["NDCG@10"] == max(v for k, v in said.items() if k.startswith("LLM"))
     assert said["fused NDCG@10"] >= said["encoder NDCG@10"]
+
+
+def test_whoever_retrieval_missed_counts_as_nothing(corpus: Corpus, byte_folder: Path) -> None:
+    targets = corpus.split.valid.sample(3, 1)
+    found = Fixed(corpus).candidates(targets.position, 4)
+    found.items[:, 0] = -1  # where the truth stood
+    oracle: Any = Oracle(corpus)
+    likelihood = LikelihoodScore(corpus, settings(byte_folder), targets, found, corpus.codec.tokenizer)
+    letters = LetterScore(corpus, settings(byte_folder, ChooseConfig, letters=4), targets, found)
+    assert likelihood(oracle)["NDCG@10"] == letters(oracle)["NDCG@10"] == 0
+    found.items[:] = -1
+    nobody = LikelihoodScore(corpus, settings(byte_folder), targets, found, corpus.codec.tokenizer)
+    assert np.isnan(nobody(oracle)["NDCG@10"])
 
 
 def answers(n: int, seed: int) -> list[Row]:

@@ -30,14 +30,15 @@ def finetune_command(
     recipe: Annotated[RecipeName, typer.Argument(help="What to train.")],
     data: Annotated[Path | None, typer.Option(help="A folder made by `penchant prepare`.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the adapter; not needed with --dry-run.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings, or a shipped one's name.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would be and cost.")] = False,
     settings: Annotated[bool, typer.Option("--settings", help="List the recipe's settings, and stop.")] = False,
 ) -> None:
     """Fine-tune the model. Every setting is an option too: --learning-rate 1e-3 --lora.r 8. Prints --out last.
 
-    Many processes: accelerate launch --num_processes 8 finetune/next_item.py with the same options.
+    Many processes: accelerate launch --num_processes 8 finetune/next_item.py with the same options; each needs a pack
+    of a step (--packs-per-step). Without a checkout: accelerate launch ... --module penchant finetune next_item ...
     """
     run_recipe(recipe.value, data, out, config, context.args, resume=resume, dry_run=dry_run, settings=settings)
 
@@ -70,8 +71,13 @@ def run_recipe(
         raise ConfigError("no folder to write to", where=name, remedy="give --out FOLDER, or --dry-run")
     from penchant.data.dataset import Dataset
 
-    if data is None and getattr(chosen, "examples", None) is None:
+    examples = getattr(chosen, "examples", None)
+    if data is None and examples is None:
         raise ConfigError("no data", where=name, remedy="give --data FOLDER of `penchant prepare`")
+    if data is not None and examples is not None:
+        raise ConfigError(
+            "a dataset and a file of examples are two sources of rows", where=name, remedy="give --data or --examples"
+        )
     dataset = None if data is None else Dataset.load(data)
     if dry_run or out is None:
         from penchant.training.preview import preview

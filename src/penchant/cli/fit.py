@@ -42,7 +42,10 @@ def fit_command(
     valid_from: Annotated[datetime | None, typer.Option(help="global-time: start of validation (UTC).")] = None,
     test_from: Annotated[datetime | None, typer.Option(help="global-time: start of the test (UTC).")] = None,
     targets: Annotated[str, typer.Option(help="global-time: all, first or last event of a user in a window.")] = "all",
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings; the options below go over it.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of settings, or a shipped one's name (fit-quick); options go over it."),
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Folder of templates that replace the shipped ones.")] = None,
     question: Annotated[
         str | None, typer.Option(help="What the LLM is asked of the candidates: likelihood, choose or yes_no.")
@@ -149,10 +152,12 @@ def _config(path: Path | None, options: dict[str, Any], encoder: dict[str, Any])
     import yaml
     from pydantic import ValidationError
 
+    from penchant.resources import config_file
     from penchant.run_folder import FitConfig
 
     values: dict[str, Any] = {}
     if path is not None:
+        path = config_file(path)
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date like 2020-99-99

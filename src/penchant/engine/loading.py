@@ -14,7 +14,7 @@ from penchant.engine.folders import fingerprint_of, require_weights, resolve_ada
 from penchant.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from penchant.engine.transformers import TransformersEngine
     from penchant.engine.vllm import VllmEngine
@@ -85,30 +85,8 @@ def load_engine(
     from penchant.engine.transformers import TransformersEngine
 
     where = resolve_device(device)
-    try:
-        loaded: PreTrainedModel
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises no less, and malformed JSON ends in errors of any type
-        raise _not_loaded(folder, error) from error
-    if found["missing_keys"]:
-        names = sorted(found["missing_keys"])
-        raise ModelError(
-            f"lacks {len(names)} of the model's weights, such as {names[0]}; they would be random",
-            where=str(folder),
-            remedy="config.json and the weights must be of one causal language model: fetch or save it again",
-        )
-    try:
-        loaded = loaded.to(where)
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise ConfigError(f"cannot move the model to device {device!r}: {error}", remedy="use auto or cpu") from error
+    tokenizer = load_tokenizer(folder)
+    loaded = move(load_weights(folder, "auto" if dtype == "auto" else getattr(torch, dtype)), where)
     if adapter_folder is not None:
         require_own_base(adapter_folder, folder)
         loaded = with_adapter(loaded, adapter_folder).get_base_model()
@@ -141,9 +119,9 @@ def _load_vllm(
         raise ConfigError(f"unknown device {device!r}", remedy="use auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # as above
+    except Exception as error:  # as below
         raise _not_loaded(folder, error) from error
+    tokenizer = load_tokenizer(folder)
     # vLLM's own "auto" would run float32 weights in 16 bits.
     name = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
     quantised = "" if chosen.quantization is None else f"/{chosen.quantization}"
@@ -159,6 +137,54 @@ def _load_vllm(
         vocabulary=int(config.vocab_size),
         source=source | ({"options": chosen.changed()} if chosen.changed() else {}),
     )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer; ModelError where it can't be read."""
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises no less, and malformed JSON ends in errors of any type
+        raise _not_loaded(folder, error) from error
+    return found
+
+
+def load_weights(folder: Path, dtype: torch.dtype | Literal["auto"], **more: Any) -> PreTrainedModel:
+    """The folder's causal language model, from safetensors alone; ModelError where it can't be read or lacks weights.
+
+    ``more`` goes to ``from_pretrained``: a quantisation, say.
+    """
+    require_weights(folder)
+    try:
+        loaded: PreTrainedModel
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **more,
+        )
+    except Exception as error:  # as above
+        raise _not_loaded(folder, error) from error
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise ModelError(
+            f"lacks {len(names)} of the model's weights, such as {names[0]}; they would be random",
+            where=str(folder),
+            remedy="config.json and the weights must be of one causal language model: fetch or save it again",
+        )
+    return loaded
+
+
+def move(model: Any, where: torch.device) -> Any:
+    """The model on that device; ConfigError where it can't be there."""
+    try:
+        return model.to(where)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ConfigError(
+            f"cannot move the model to device {str(where)!r}: {error}", remedy="use auto, cpu or cuda"
+        ) from error
 
 
 def _not_loaded(folder: Path, error: Exception) -> ModelError:

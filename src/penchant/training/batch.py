@@ -14,8 +14,20 @@ from penchant.training.rows import Row
 
 
 @dataclass(frozen=True, eq=False)
+class Layout:
+    """What of a batch belongs together, each (b, length): the row of a token (-1: padding), its branch and where in
+    the trunk that leaves.
+    """
+
+    row: torch.Tensor
+    branch: torch.Tensor
+    start: torch.Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """One forward. ``tokens`` and ``position`` (b, length); ``mask`` (b, 1, length, length), additive.
+    """One forward. ``tokens`` and ``position`` (b, length); ``layout`` None: every row of ``tokens`` is one sequence.
 
     Supervision, flat over the batch: ``at`` (m,) indexes the b * length states, ``label``, ``weight`` and
     ``sequence`` (m,) as in Row; ``group`` and ``lead`` (s,) of each candidate sequence; ``choices`` (c,) label tokens;
@@ -24,7 +36,7 @@ class Batch:
 
     tokens: torch.Tensor
     position: torch.Tensor
-    mask: torch.Tensor
+    layout: Layout | None
     at: torch.Tensor
     label: torch.Tensor
     weight: torch.Tensor
@@ -35,6 +47,13 @@ class Batch:
     targets: NDArray[np.int64]
     n_targets: int
     n_tokens: int  # real ones, padding not counted
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The additive mask (b, 1, length, length), made anew: of all a batch holds it alone grows with length ** 2,
+        and all batches of a step are held at once.
+        """
+        return None if self.layout is None else _mask(self.layout, self.position)
 
 
 def collate(packs: Sequence[Sequence[Row]], dtype: torch.dtype, device: torch.device | str = "cpu") -> Batch:
@@ -78,7 +97,7 @@ def collate(packs: Sequence[Sequence[Row]], dtype: torch.dtype, device: torch.de
     return Batch(
         torch.from_numpy(tokens).to(device),
         torch.from_numpy(position).to(device),
-        _mask(*(torch.from_numpy(a).to(device) for a in (row_of, branch, position, start)), dtype=dtype),
+        Layout(tensor([row_of]), tensor([branch]), tensor([start]), dtype),
         tensor(at).long(),
         tensor(label).long(),
         tensor(weight),
@@ -92,18 +111,17 @@ def collate(packs: Sequence[Sequence[Row]], dtype: torch.dtype, device: torch.de
     )
 
 
-def _mask(
-    row: torch.Tensor, branch: torch.Tensor, position: torch.Tensor, start: torch.Tensor, *, dtype: torch.dtype
-) -> torch.Tensor:
+def _mask(layout: Layout, position: torch.Tensor) -> torch.Tensor:
     """Token i sees j of the same row where j is earlier in i's own branch, or in the trunk before i's branch leaves."""
 
     def pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return a.unsqueeze(2), b.unsqueeze(1)
 
+    row, dtype = layout.row, layout.dtype
     row_i, row_j = pair(row, row)
-    branch_i, branch_j = pair(branch, branch)
+    branch_i, branch_j = pair(layout.branch, layout.branch)
     position_i, position_j = pair(position, position)
-    start_i, _ = pair(start, start)
+    start_i, _ = pair(layout.start, layout.start)
     own = (branch_i == branch_j) & (position_j <= position_i)
     trunk = (branch_j == 0) & (position_j < start_i)
     sees = (row_i == row_j) & (row_i >= 0) & (own | trunk)

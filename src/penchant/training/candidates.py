@@ -40,6 +40,7 @@ class Retriever:
         self._split, self._vectors, self._config, self._seed = split, vectors, config, seed
         own = (config.resolved().model_dump_json(), str(seed))
         self._key = (split.dataset.content_hash, repr(sorted(split.spec.items())), *own, *key)
+        self._encoders: dict[tuple[int, int], InterestEncoder] = {}
 
     def for_targets(self, targets: Targets, k: int) -> Candidates:
         """For validation or test targets: one encoder trained on every user's training events."""
@@ -79,6 +80,12 @@ class Retriever:
         return Candidates(found[:, :, 0].astype(np.int32), found[:, :, 1].astype(np.float32))
 
     def _encoder(self, fold: int, folds: int) -> InterestEncoder:
+        """That of a fold, trained when it is first needed: several sets of targets ask the same one."""
+        if (fold, folds) not in self._encoders:
+            self._encoders[fold, folds] = self._train(fold, folds)
+        return self._encoders[fold, folds]
+
+    def _train(self, fold: int, folds: int) -> InterestEncoder:
         split, log = self._split, self._split.log
         stopping = split.valid
         if folds == 1:

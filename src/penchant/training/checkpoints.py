@@ -71,7 +71,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: set[str]) -> None:
-    """Delete all checkpoints but the newest and those named in ``keep``."""
-    for path in checkpoints(folder)[:-1]:
+    """Delete all checkpoints but the newest two and those named in ``keep``.
+
+    Two, for the newest is known to be good only when the next step's loss is a number.
+    """
+    for path in checkpoints(folder)[:-2]:
         if path.name not in keep:
             shutil.rmtree(path)

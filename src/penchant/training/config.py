@@ -42,7 +42,9 @@ class TrainConfig(BaseModel):
     prompts: str | None = Field(default=None, description="folder of templates that replace the shipped ones")
     model: str = Field(default="smollm2-135m", description="a known name, a model's folder, or a hub id")
     start_from: str | None = Field(default=None, description="an adapter to go on from, such as another recipe's")
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the base weights")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="of the base weights; method full keeps them in float32 and computes in this"
+    )
     device: str = Field(default="auto", description="auto, cpu or cuda")
     method: Literal["lora", "full"] = Field(default="lora", description="an adapter, or all weights")
     quantization: Quantization = Field(default="none", description="of the frozen base: nf4 (QLoRA) or int8")
@@ -118,6 +120,8 @@ class YesNoConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _knows_dislikes(self) -> YesNoConfig:
+        if self.valid_examples is not None and self.examples is None:
+            raise ValueError("valid_examples go with examples: a dataset has validation events of its own")
         if "disliked" in self.negatives and self.like_threshold is None:
             raise ValueError("negatives that are disliked need a like_threshold: without it every event is a like")
         return self

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import math
 import resource
+import shutil
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,6 +76,7 @@ class Loop:
         self._folder = out / "checkpoints"
         self.step = 0  # steps done
         self._journal: Journal | None = None
+        self._probe: list[Row] = []  # training rows that stand in for held-out ones
         # All that a checkpoint keeps besides weights and moments.
         self.state: dict[str, Any] = {
             "total_steps": self._planned(),
@@ -92,6 +95,8 @@ class Loop:
 
     def run(self, *, resume: bool = False) -> Outcome:
         found = self._resume() if resume else None
+        if not self.task.valid:
+            self._probe = [self.task.rows[r] for pack in self.plan.step(0) for r in pack]
         if self.accelerator.is_main_process:
             self._journal = Journal(self.out / "log.jsonl", resume_step=found)
         self.step = step = found or 0
@@ -252,7 +257,7 @@ class Loop:
         if state["start"] is None:
             if found["valid_loss"] is None:
                 self.warn("no held-out row: neither loss nor score can say whether this training helps")
-            state["start"] = found
+            state["start"] = found | ({"first_rows": self._loss_of_probe()} if self._probe else {})
         best = math.nan if state["best"] is None else worth(state["best"])
         # The model before training is what the others are held against, and never what is kept: an adapter that is
         # all zeros would be no adapter. Where nothing can be measured the newest is kept.
@@ -275,16 +280,28 @@ class Loop:
             )
 
     def _check_learning(self, step: int) -> None:
-        """A loud word where the held-out loss hasn't moved down since the start."""
-        mine = {"loss": held_out_loss(self.task, self.student, self.config)} if self.accelerator.is_main_process else {}
-        found, first = self._processes.same(mine)["loss"], self.state["start"]["valid_loss"]
+        """A loud word where the held-out loss hasn't moved down since the start; without such rows the first step's."""
+        start = self.state["start"]
+        if self._probe:
+            what, first, found = "loss of the first step's rows", start.get("first_rows"), self._loss_of_probe()
+        else:
+            what, first = "held-out loss", start["valid_loss"]
+            mine = self.accelerator.is_main_process
+            found = self._processes.same({"loss": held_out_loss(self.task, self.student, self.config)} if mine else {})[
+                "loss"
+            ]
         if not finite(found):
-            self._stop_not_finite(f"the held-out loss is {found} after step {step}")
-        if first is not None and not found < first - 1e-4:
+            self._stop_not_finite(f"the {what} is {found} after step {step}")
+        if first is not None and found is not None and not found < first - 1e-4:
             self.warn(
-                f"nothing learnt in {step} steps: the held-out loss was {first:.4f} nats and is {found:.4f}; "
+                f"nothing learnt in {step} steps: the {what} was {first:.4f} nats and is {found:.4f}; "
                 "raise learning_rate, check the template and the data"
             )
+
+    def _loss_of_probe(self) -> float | None:
+        mine = self.accelerator.is_main_process
+        task = replace(self.task, valid=self._probe)
+        return self._processes.same({"loss": held_out_loss(task, self.student, self.config)} if mine else {})["loss"]
 
     # -- small parts ---------------------------------------------------------------------------
 
@@ -332,6 +349,9 @@ class Loop:
         return int(state["step"])
 
     def _checkpoint(self, step: int, keep: bool = False) -> None:
+        bad = [name for name, p in self.student.trainable().items() if not bool(torch.isfinite(p).all())]
+        if bad:
+            self._stop_not_finite(f"{len(bad)} weights are no numbers after step {step}, such as {bad[0]}")
         if keep:
             self.state.setdefault("kept", []).append(f"step-{step:07d}")
         if self.accelerator.is_main_process:
@@ -342,12 +362,18 @@ class Loop:
 
     def _stop_not_finite(self, what: str) -> NoReturn:
         self.state["stopped"] = "non-finite loss"
-        last = checkpoints(self._folder)
+        # A checkpoint of these very weights, if no validation has seen them, is none to go on from.
+        spared = {f"step-{self.state['best_step']:07d}", "step-0000000", *self.state.get("kept", [])}
+        bad = {f"step-{self.step:07d}"} - spared
+        good = [path for path in checkpoints(self._folder) if path.name not in bad]
+        if self.accelerator.is_main_process and good:
+            for name in bad:
+                shutil.rmtree(self._folder / name, ignore_errors=True)
         raise NotFiniteLossError(
             what,
             where="training",
             remedy="lower learning_rate or use float32, in a new folder; "
-            f"the last good checkpoint is {last[-1] if last else 'none'}",
+            f"the last good checkpoint is {good[-1] if good else 'none'}",
         )
 
     def warn(self, text: str) -> None:

@@ -33,8 +33,7 @@ def preference_rows(corpus: Corpus, config: PreferenceConfig, retriever: Retriev
         for start in range(0, len(positions), config.window):
             part = positions[start : start + config.window]
             groups = {int(p): _group(corpus, pool, at[int(p)], int(p), config, rng) for p in part if int(p) in at}
-            if any(len(group) > 1 for group in groups.values()):
-                yield preference_row(corpus, part, groups)
+            yield from _fitting(corpus, part, groups, config.pack_tokens)
 
 
 def valid_rows(corpus: Corpus, config: PreferenceConfig, retriever: Retriever, n: int) -> list[Row]:
@@ -49,6 +48,19 @@ def valid_rows(corpus: Corpus, config: PreferenceConfig, retriever: Retriever, n
         if len(history) and len(group) > 1:
             rows.append(preference_row(corpus, np.append(history, p), {p: group}, held_out=True))
     return rows
+
+
+def _fitting(corpus: Corpus, part: Positions, groups: Mapping[int, Group], tokens: int) -> Iterator[Row]:
+    """The part as one row, or halved, and halved again, until each row fits into a pack."""
+    if not any(len(groups.get(p, ())) > 1 for p in part.tolist()):
+        return
+    row = preference_row(corpus, part, groups)
+    if len(row) <= tokens or len(part) == 1:  # one target that does not fit is an error, of the packing
+        yield row
+        return
+    middle = len(part) // 2
+    for half in (part[:middle], part[middle:]):
+        yield from _fitting(corpus, half, groups, tokens)
 
 
 # An item, and what the retriever thinks of it in nats. In a group the item that was taken comes first.

@@ -118,6 +118,8 @@ def _measure(recipe: Recipe, rows: RowStore, plan: Plan) -> tuple[float, int]:
     for _ in range(2):
         begun = time.perf_counter()
         torch.autograd.backward(over(loss, student, [batch])(student, student, batch) / weight(batch))
+        if student.causal_lm.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - begun
     for parameter in student.trainable().values():
         parameter.grad = None

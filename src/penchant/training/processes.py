@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 
 from penchant.errors import ConfigError
 from penchant.training.config import TrainConfig
 from penchant.training.objectives import alone
+
+# How long a process waits for another: torch's ten minutes are less than encoders of a large log take.
+_PATIENCE = timedelta(hours=24)
 
 
 def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
@@ -23,6 +32,10 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
             found = Accelerator(
                 cpu=config.device == "cpu" or not torch.cuda.is_available(),
                 mixed_precision="no",
+                # The loss is divided by the step's weight, and by no count of batches that the environment asks for.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                # The others wait while the first process trains the retriever's encoders and makes the rows.
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
                 log_with=config.report_to or None,
                 project_dir=str(out) if config.report_to else None,
             )

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from penchant.adapter_card import check_templates
 from penchant.data.provenance import Own, check_rows
 from penchant.data.split import Split
 from penchant.engine.folders import fingerprint_of, resolve_model
+from penchant.engine.loading import load_tokenizer
 from penchant.errors import ConfigError
 from penchant.files import sha256_file, sha256_text
 from penchant.interest.vectors import default_layer, item_vectors
 from penchant.prompt import Templates
-from penchant.tokens import TextCodec
+from penchant.tokens import MAX_DATA_CHARS, TextCodec, clean
 from penchant.training import choose, contrastive, next_item, preference, yes_no
 from penchant.training.batch import Batch
 from penchant.training.candidates import Retriever
@@ -77,7 +77,7 @@ class Recipe:
         self.config = started(self.config)
         self.templates = Templates(self.config.prompts)
         self.base = resolve_model(self.config.model)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base, local_files_only=True)
+        self.tokenizer = load_tokenizer(self.base)
         self.codec = TextCodec(self.tokenizer)
         check_templates(self.config.start_from, self.templates)
 
@@ -96,7 +96,7 @@ class Recipe:
     def retriever(self) -> Retriever:
         """Encoders over the untuned model's item vectors, the same that `penchant fit` would make."""
         corpus, student = self.corpus, self.student
-        name = fingerprint_of(self.base) + f":{self.config.dtype}"
+        name = fingerprint_of(self.base) + f":{str(student.dtype).removeprefix('torch.')}"
         if self.config.quantization != "none":
             name += f":{self.config.quantization}"
         if self.config.start_from is not None:
@@ -190,7 +190,7 @@ class Recipe:
             rows = contrastive.valid_rows(self.corpus, config, self.retriever if config.hard else None, _VALID_ROWS)
         elif isinstance(config, YesNoConfig) and config.examples is None:
             hard = self.retriever if "hard" in config.negatives else None
-            rows = yes_no.valid_rows(self.corpus, config, hard, _VALID_ROWS)
+            rows = yes_no.valid_rows(self.corpus, config, hard, max(_VALID_ROWS, config.eval_users))
         elif isinstance(config, YesNoConfig) and config.valid_examples is not None:
             every = list(self._example_rows(config.valid_examples))
             # A sample: such files stand in order of users.
@@ -230,8 +230,11 @@ class Recipe:
     @property
     def notes(self) -> list[str]:
         """What is to be said of the data before anything is trained on it."""
-        cut = self.corpus.truncated if self.split is not None else 0
-        return [f"{cut} item texts were cut to their first 200 characters, as targets too"] if cut else []
+        cut = self.corpus.truncated if self.split is not None and "examples" not in self.example_files else 0
+        for path in self.example_files.values():
+            titles = (t for one in yes_no.read_examples(path) for t in (*one.liked, *one.disliked, one.target))
+            cut += sum(len(clean(title, None)) > MAX_DATA_CHARS for title in titles)
+        return [f"{cut} item texts were cut to their first {MAX_DATA_CHARS} characters, as targets too"] if cut else []
 
     def objective(self) -> tuple[Loss | StepLoss, Callable[[Batch], float]]:
         """The summed loss of a batch or of a step, and what it is divided by."""
@@ -246,7 +249,11 @@ class Recipe:
 
     @property
     def served_as(self) -> dict[str, Any]:
-        """What else of the card serving must keep to: where the vectors of a model trained to embed are taken."""
+        """What else of the card serving must keep to: where the vectors of a model trained to embed are taken, and
+        whether its histories said what was liked.
+        """
+        if isinstance(self.config, YesNoConfig):
+            return {"marks_likes": self.config.examples is not None or self.config.like_threshold is not None}
         if not isinstance(self.config, ContrastiveConfig):
             return {}
         return {"vectors": {"layer": self.student.layer, "pooling": self.config.pooling}}

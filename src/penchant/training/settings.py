@@ -11,22 +11,31 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from penchant.errors import ConfigError
+from penchant.resources import config_file, shipped
 from penchant.training.config import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
 
 
 def read_settings(kind: type[Config], path: Path | None, options: Sequence[str] = ()) -> Config:
-    """The YAML file's settings with ``options`` over them: ["--learning-rate", "1e-3", "--lora.r", "8"].
+    """The settings of a YAML file, or of the shipped one of that name, with ``options`` over them: ["--lora.r", "8"].
 
     An option's name is its field's, with - for _ and a dot into a nested one; its value is read as YAML.
     """
     values: Any = {}
     if path is not None:
+        path = config_file(path)
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date like 2020-99-99
-            raise ConfigError(f"cannot be read as YAML: {error}", where=str(path), remedy="check --config") from error
+            there = ", ".join(
+                sorted(p.stem for p in shipped("configs").glob("*.yaml") if not p.stem.startswith("fit-"))
+            )
+            raise ConfigError(
+                f"cannot be read as YAML: {error}",
+                where=str(path),
+                remedy=f"give a file, or the name of one of: {there}",
+            ) from error
         if not isinstance(values, dict):
             raise ConfigError(
                 "holds no mapping of settings", where=str(path), remedy="write e.g. `learning_rate: 1e-3`"

@@ -39,7 +39,8 @@ class LikelihoodScore:
     """NDCG@10 of the encoder's candidates ordered by the student's likelihood of their titles.
 
     "NDCG@10" is the LLM's alone at the best of the calibrations; each of them, the encoder's own order and
-    the fusion chosen on these same users (so an optimistic figure) stand beside it.
+    the fusion chosen on these same users (so an optimistic figure) stand beside it. Users whose target was missed count
+    as 0, whatever the order of their candidates: the student is not asked about them.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class LikelihoodScore:
         candidates: Candidates,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        keep = [i for i in range(len(targets)) if (candidates.items[i] >= 0).any()]
+        listed = [i for i in range(len(targets)) if (candidates.items[i] >= 0).any()]
+        keep = [i for i in listed if targets.item[i] in candidates.items[i]]
+        self._n = len(listed)
         self._corpus, self._config, self._tokenizer = corpus, config, tokenizer
         self._histories = [targets.history(i) for i in keep]
         self._target = targets.item[keep]
@@ -58,18 +61,18 @@ class LikelihoodScore:
         self._interest = [candidates.scores[i][candidates.items[i] >= 0] for i in keep]
 
     def __call__(self, student: Student) -> dict[str, float]:
-        if not self._items:
-            return {"NDCG@10": float("nan")}
         likelihood, prior = self.likelihoods(student)
-        return summary(self._interest, likelihood, prior, self.places)
+        return summary(self._interest, likelihood, prior, self.places, self._n)
 
     @property
     def places(self) -> list[int]:
-        """Where each target stands among its candidates, -1 where retrieval missed it."""
+        """Where each retrieved target stands among its candidates."""
         return [_place(row, t) for row, t in zip(self._items, self._target, strict=True)]
 
     def likelihoods(self, student: Student) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:
-        """log p(title | history) and log p(title) in nats of every user's candidates."""
+        """log p(title | history) and log p(title) in nats of the candidates, of users whose target is among them."""
+        if not self._items:
+            return [], []
         ranker = Ranker(
             engine_of(student, self._tokenizer),
             self._corpus.templates,
@@ -125,7 +128,9 @@ class LetterScore:
 
     def __init__(self, corpus: Corpus, config: ChooseConfig, targets: Targets, candidates: Candidates) -> None:
         self._corpus, self._config = corpus, config
-        keep = [i for i in range(len(targets)) if (candidates.items[i] >= 0).sum() > 1]
+        listed = [i for i in range(len(targets)) if (candidates.items[i] >= 0).sum() > 1]
+        keep = [i for i in listed if targets.item[i] in candidates.items[i]]  # of others no order is asked for
+        self._n = len(listed)
         log, rng = corpus.split.log, np.random.default_rng([config.seed, 2])
         self._rows: list[Row] = []
         self._order: list[NDArray[np.int64]] = []
@@ -144,8 +149,6 @@ class LetterScore:
         self._places = [_place(row, targets.item[i]) for i, row in zip(keep, items, strict=True)]
 
     def __call__(self, student: Student) -> dict[str, float]:
-        if not self._rows:
-            return {"NDCG@10": float("nan")}
         logp = label_scores(student, self._rows, self._config.pack_tokens)
         likelihood = []
         for row, order in zip(logp, self._order, strict=True):
@@ -153,7 +156,7 @@ class LetterScore:
             scores[order] = row[: len(order)]
             likelihood.append(scores)
         none = [np.zeros(len(row)) for row in likelihood]
-        return summary(self._interest, likelihood, none, self._places)
+        return summary(self._interest, likelihood, none, self._places, self._n)
 
 
 class AnswerScore:
@@ -189,17 +192,19 @@ def summary(
     likelihood: Sequence[NDArray[np.float64]],
     prior: Sequence[NDArray[np.float64]],
     places: Sequence[int],
+    n: int,
 ) -> dict[str, float]:
-    """NDCG@10 of the LLM's order at each calibration, of the encoder's, and of the best fusion of the two."""
+    """NDCG@10 of the LLM's order at each calibration, of the encoder's, and of the best fusion of the two.
+
+    The sequences are of the users whose target was retrieved, and the means over ``n`` users, missed ones as 0.
+    """
+    if n == 0:
+        return {"NDCG@10": float("nan")}
 
     def quality(fusion: Fusion) -> float:
-        ranks = [
-            int((s >= s[t]).sum()) if t >= 0 else 10**9
-            for s, t in (
-                (fusion.scores(e, lik, p), t) for e, lik, p, t in zip(interest, likelihood, prior, places, strict=True)
-            )
-        ]
-        return float(metrics.ndcg(np.array(ranks), 10).mean()) if ranks else float("nan")
+        lists = zip(interest, likelihood, prior, places, strict=True)
+        ranks = [int((s >= s[t]).sum()) for s, t in ((fusion.scores(e, lik, p), t) for e, lik, p, t in lists)]
+        return float(metrics.ndcg(np.array(ranks, dtype=np.int64), 10).sum()) / n
 
     alone = {c: quality(Fusion(1.0, c)) for c in CALIBRATIONS}
     fused = choose_fusion(interest, likelihood, prior, places)
@@ -207,12 +212,11 @@ def summary(
         "NDCG@10": max(alone.values()),
         **{f"LLM NDCG@10, calibration {c:g}": value for c, value in alone.items()},
         "encoder NDCG@10": quality(Fusion(0.0, 0.0)),
-        "fused NDCG@10": fused.valid_ndcg if fused.valid_ndcg is not None else float("nan"),
+        "fused NDCG@10": quality(fused),
         "fused weight": fused.weight,
         "fused calibration": fused.calibration,
     }
 
 
 def _place(row: NDArray[np.integer], target: int) -> int:
-    at = np.flatnonzero(row == target)
-    return int(at[0]) if at.size else -1
+    return int(np.flatnonzero(row == target)[0])
