@@ -663,3 +663,20 @@ def test_a_held_out_row_that_knows_its_target_is_refused(
     monkeypatch.setattr(next_item, "valid_rows", leaky)
     with pytest.raises(DataError, match="a valid prompt has its own target among its inputs"):
         Recipe("next_item", made("next_item", byte_folder, prompts), leave_last_out(toy)).valid()
+
+
+def test_what_is_made_before_the_first_step_is_said_once(toy: Dataset, byte_folder: Path, prompts: Path) -> None:
+    told: list[str] = []
+
+    def begin(stage: str, size: int | None) -> Any:
+        told.append(stage)
+        return lambda n: None
+
+    config = made("preference", byte_folder, prompts, eval_users=4, seed=9)
+    Recipe("preference", config, leave_last_out(toy), begin).task()
+    encoder = "train the encoder that retrieves"
+    wanted = ["embed items", f"{encoder}, 1 of 1", "make the training rows", f"{encoder}, 1 of 2", f"{encoder}, 2 of 2"]
+    assert told == wanted
+    told.clear()
+    Recipe("preference", config, leave_last_out(toy), begin).task()
+    assert told == ["embed items"], "no encoder and no row is made again"

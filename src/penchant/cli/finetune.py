@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,9 +83,9 @@ def run_recipe(
     if dry_run or out is None:
         from penchant.training.preview import preview
 
-        typer.echo(preview(name, chosen, dataset))
+        typer.echo(preview(name, chosen, dataset, _begin))
         return
-    outcome = finetune(name, chosen, dataset, out, resume=resume, on_record=_show)
+    outcome = finetune(name, chosen, dataset, out, resume=resume, on_record=_show, stages=_begin)
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
@@ -96,6 +97,12 @@ def run_recipe(
     for warning in outcome.warnings:
         err.print(f"warning: {warning}")
     typer.echo(str(out))
+
+
+def _begin(stage: str, size: int | None) -> Callable[[int], None]:
+    """A line for each thing that is made before the first step."""
+    err.print(stage + (f" ({size:,})" if size else ""))
+    return lambda n: None
 
 
 def _show(record: dict[str, Any]) -> None:

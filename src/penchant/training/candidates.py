@@ -18,6 +18,7 @@ from penchant.interest.fit import encoder_ndcg, training_sequences
 from penchant.interest.search import index_of, search
 from penchant.interest.train import train_encoder
 from penchant.interest.vectors import standardise
+from penchant.recommend import Stages, silent
 
 # Validation targets that an encoder's early stopping looks at.
 _STOPPING = 2_000
@@ -35,11 +36,19 @@ class Retriever:
     """Trains encoders on parts of a split's users and retrieves for the others; answers are kept in the cache."""
 
     def __init__(
-        self, split: Split, vectors: NDArray[np.float32], config: EncoderConfig, *, seed: int, key: Sequence[str]
+        self,
+        split: Split,
+        vectors: NDArray[np.float32],
+        config: EncoderConfig,
+        *,
+        seed: int,
+        key: Sequence[str],
+        stages: Stages = silent,
     ) -> None:
         self._split, self._vectors, self._config, self._seed = split, vectors, config, seed
         own = (config.resolved().model_dump_json(), str(seed))
         self._key = (split.dataset.content_hash, repr(sorted(split.spec.items())), *own, *key)
+        self._stages = stages
         self._encoders: dict[tuple[int, int], InterestEncoder] = {}
 
     def for_targets(self, targets: Targets, k: int) -> Candidates:
@@ -98,12 +107,14 @@ class Retriever:
             stopping = stopping.take(np.flatnonzero(away[stopping.user]))
         stopping = stopping.sample(_STOPPING, self._seed)
         histories = [stopping.history(i) for i in range(len(stopping))]
+        done = self._stages(f"train the encoder that retrieves, {fold + 1} of {folds}", self._config.epochs)
         encoder, _ = train_encoder(
             sequences,
             log.n_items,
             standardise(self._vectors),
             self._config,
             lambda model: encoder_ndcg(model, histories, stopping.item),
+            on_epoch=lambda *_: done(1),
         )
         fit_beside(encoder, sequences, histories, stopping.item)
         return encoder

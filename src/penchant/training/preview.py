@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from penchant.data.dataset import Dataset
+from penchant.recommend import Stages, silent
 from penchant.tokens import TextCodec
 from penchant.training.batch import collate
 from penchant.training.config import ContrastiveConfig, TrainConfig
@@ -26,9 +27,9 @@ from penchant.training.store import RowStore
 _TIMED_USERS = 8
 
 
-def preview(name: str, config: TrainConfig, dataset: Dataset | None) -> str:
+def preview(name: str, config: TrainConfig, dataset: Dataset | None, stages: Stages = silent) -> str:
     """Examples, targets, tokens an epoch, steps, padding, memory, time (from a measured forward), three examples."""
-    recipe = Recipe(name, config, None if dataset is None else cut(dataset, config))
+    recipe = Recipe(name, config, None if dataset is None else cut(dataset, config), stages)
     config, rows = recipe.config, recipe.rows()
     recipe.require_context(rows)
     plan = Plan(rows.lengths, pack_tokens=config.pack_tokens, packs_per_step=config.packs_per_step, seed=config.seed)

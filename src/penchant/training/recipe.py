@@ -20,6 +20,7 @@ from penchant.errors import ConfigError
 from penchant.files import sha256_file, sha256_text
 from penchant.interest.vectors import default_layer, item_vectors
 from penchant.prompt import Templates
+from penchant.recommend import Stages, silent
 from penchant.tokens import MAX_DATA_CHARS, TextCodec, clean
 from penchant.training import choose, contrastive, next_item, preference, yes_no
 from penchant.training.batch import Batch
@@ -58,11 +59,15 @@ TEMPLATES = {
 
 @dataclass(eq=False)
 class Recipe:
-    """One recipe on one dataset: what both training and `--dry-run` are made of."""
+    """One recipe on one dataset: what both training and `--dry-run` are made of.
+
+    ``stages`` is told of what takes a while before the first step, where it isn't in the cache.
+    """
 
     name: str
     config: TrainConfig
     split: Split | None
+    stages: Stages = silent
 
     def __post_init__(self) -> None:
         kind = CONFIGS.get(self.name)
@@ -110,6 +115,7 @@ class Recipe:
             self.config.retriever,
             seed=self.config.seed,
             key=(name, self.templates.hash("item")),
+            stages=self.stages,
         )
 
     def _vectors(self, name: str) -> NDArray[np.float32]:
@@ -119,6 +125,7 @@ class Recipe:
             self.corpus.texts,
             layer=default_layer(engine.n_layers),
             template_hash=self.templates.hash("item"),
+            progress=self.stages("embed items", len(self.corpus.texts)),
         )
 
     # -- rows ----------------------------------------------------------------------------------
@@ -129,7 +136,7 @@ class Recipe:
         DataError where one of them, cached or new, holds an event that is held out or not before its target.
         """
         dropped = (lambda: self.corpus.dropped) if self.split is not None else (lambda: 0)
-        found = stored_rows(self._key(), lambda: self._sampled(self._make()), dropped)
+        found = stored_rows(self._key(), self._made_now, dropped)
         if self.split is not None and "examples" not in self.example_files:
             own = Own.of(self.split)
             for start in range(0, len(found), _CHECKED):
@@ -143,6 +150,10 @@ class Recipe:
         """
         named = ((name, getattr(self.config, name, None)) for name in ("examples", "valid_examples"))
         return {name: Path(path) for name, path in named if path is not None and Path(path).is_file()}
+
+    def _made_now(self) -> Iterator[Row]:
+        self.stages("make the training rows", None)
+        return self._sampled(self._make())
 
     def _make(self) -> Iterator[Row]:
         config = self.config

@@ -14,6 +14,7 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import Split, global_time, leave_last_out
 from penchant.errors import ConfigError, NotFiniteLossError, StorageError
 from penchant.files import write_json
+from penchant.recommend import Stages, silent
 from penchant.training.checkpoints import load_checkpoint
 from penchant.training.config import TrainConfig
 from penchant.training.journal import plot
@@ -42,18 +43,20 @@ def finetune(
     resume: bool = False,
     on_record: Callable[[dict[str, Any]], None] | None = None,
     accelerator: Accelerator | None = None,
+    stages: Stages = silent,
 ) -> Outcome:
     """Train and leave in ``out``: the adapter (plain peft), its card, settings, templates, log and curves.
 
     ``resume`` goes on from the newest checkpoint of a run that stopped. ConfigError where the settings,
     data or templates differ from that run's; StorageError where ``out`` holds something else.
     NotFiniteLossError where a loss is no number: where an earlier validation was one, its adapter is left all the same.
-    An ``accelerator`` that is given is the caller's to end.
+    An ``accelerator`` that is given is the caller's to end. ``on_record`` gets what goes into the log, ``stages`` is
+    told what is made before it.
     """
     own = accelerator is None
     accelerator = accelerator or make_accelerator(config, out)
     split = cut(data, config) if isinstance(data, Dataset) else data
-    recipe = Recipe(name, config, split)
+    recipe = Recipe(name, config, split, stages)
     config = recipe.config
     identity = identity_of(recipe)
     if accelerator.is_main_process:
