@@ -20,14 +20,17 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 from tests import tiny
+from tests.training.helpers import fresh_accelerate, settings
 
 from penchant.catalog_trie import CatalogTrie
+from penchant.data.dataset import Dataset
 from penchant.engine.asking import MOST_CHILDREN, Ask
 from penchant.engine.loading import load_engine
 from penchant.engine.transformers import TransformersEngine
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.rank import label_logprobs
 from penchant.tokens import Prompt, Segment
+from penchant.training.recipes import finetune
 
 # Not importorskip: it would import vLLM before the engine has set up its log.
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM has an environment of its own: make test-vllm")
@@ -271,6 +274,18 @@ def test_an_adapter_trained_again_in_its_folder(shared: Pair, base: Path, tmp_pa
     for _ in range(2):
         same(new, asked, listed)
         same(old, asked, listed)
+
+
+@pytest.mark.filterwarnings("ignore:no validation", "ignore:nothing learnt")  # a few steps need not help
+def test_an_adapter_that_a_recipe_left(shared: Pair, base: Path, toy: Dataset, tmp_path: Path) -> None:
+    """As it is published, on one block of two, with the scale of its rank's root."""
+    config = settings(base, lora={"r": 8, "alpha": 16, "rslora": True, "last_layers": 1}, pack_tokens=512, max_steps=6)
+    with fresh_accelerate():
+        finetune("next_item", config, toy, tmp_path / "run")
+    left = view(shared, base, tmp_path / "run")
+    asked, listed = prompts(2, seed=12), [items(shared)] * 2
+    same(left, asked, listed)
+    assert np.abs(left.plain.score(asked, listed)[0] - shared.plain.score(asked, listed)[0]).max() > 0.1
 
 
 def test_more_first_tokens_than_one_request_may_name(pair: Pair) -> None:
