@@ -74,17 +74,20 @@ def main(
     dataset = pt.Dataset.load(data)
     split = cut(dataset, settings)
     folder = work / name
-    recipe = Recipe(name, settings, split)
-    bench = Bench(recipe, QUESTION[name], candidates, test_users, validation_users)
+
+    def bench_of(recipe: Recipe) -> Bench:
+        return Bench(recipe, QUESTION[name], candidates, test_users, validation_users)
+
     base = None
     if untuned is not None:
         start = _load(untuned)
-        if start.get("asked") != bench.asked:
+        if start.get("asked") != bench_of(Recipe(name, settings, split)).asked:  # now, and not after the training
             raise typer.BadParameter(f"{untuned} is of other candidates or users: measure it with these settings")
         base = ranks_of(start)[1]["fused"]
     if not (folder / "penchant.json").is_file():
         finetune(name, settings, split, folder, resume=(folder / "run.json").is_file(), on_record=_show)
-    task = recipe.task()
+    recipe = Recipe(name, settings, split)
+    task, bench = recipe.task(), bench_of(recipe)
     log = read_log(folder / "log.jsonl")
     stops = _stops(folder, log, sorted(minutes))
     points: list[dict[str, Any]] = []

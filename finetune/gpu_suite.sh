@@ -3,7 +3,7 @@
 # and a half each, measured on all test users; TALLRec's 64 examples; and speed. Writes JSON to the folder given, and
 # fails where one isn't there at the end.
 #
-#     bash finetune/gpu_suite.sh [RESULTS]
+#     bash finetune/gpu_suite.sh [RESULTS]      # paths are taken from the repository's top
 #
 # MODEL (default smollm2-135m) is any name, folder or hub id; DATA a folder of `penchant prepare` (fetched otherwise);
 # TALLREC the folder that holds tallrec/ (left out otherwise). LIMIT=300 allows for other seconds than 600 in all.
@@ -36,11 +36,12 @@ measure() {
 "$python" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "gpu_suite.sh: torch sees no CUDA device")'
 data=${DATA:-}
 if [[ -z $data ]]; then
-  fetched=$("$python" -m penchant fetch movielens-100k | tail -n 1)
-  "$python" -m penchant prepare "$fetched/interactions.csv" "$fetched/items.csv" --out "$work/data"
+  fetched=$(timeout "$(share 4)" "$python" -m penchant fetch movielens-100k | tail -n 1)
+  timeout "$(share 4)" "$python" -m penchant prepare "$fetched/interactions.csv" "$fetched/items.csv" --out "$work/data"
   data=$work/data
 fi
-# The same retriever in all three: what it answers is kept. Encoders are trained on the CPU, so few epochs and folds.
+# All three rank what one retriever found; preference and choose train two more, of folds, for their rivals. Encoders are
+# trained on the CPU, so few epochs and folds.
 curve() {
   local parts=$1 recipe=$2
   shift 2

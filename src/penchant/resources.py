@@ -17,8 +17,10 @@ _ORIGINAL = {"prompts": "prompts", "configs": "finetune/configs", "tasks": "eval
 
 def config_file(path: Path) -> Path:
     """The file itself; where there is none of that name, the shipped configuration (`fit-quick`) that it names."""
-    named = shipped("configs") / f"{path.name.removesuffix('.yaml')}.yaml"
-    return named if not path.exists() and path.name == str(path) and named.is_file() else path
+    if path.is_file() or path.name != str(path):
+        return path
+    named = {file.stem: file for file in shipped("configs").glob("*.yaml")}
+    return named.get(path.name.removesuffix(".yaml"), path)
 
 
 def shipped(kind: Literal["prompts", "configs", "tasks"]) -> Path:

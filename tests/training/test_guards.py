@@ -176,6 +176,27 @@ def test_a_checkpoint_whose_next_loss_is_no_number_is_not_the_last_good_one(
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
 
 
+@pytest.mark.filterwarnings("ignore:no held-out row")
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_where_nothing_is_held_out_the_weights_before_the_bad_ones_are_published(
+    monkeypatch: pytest.MonkeyPatch, byte_folder: Path, prompts: Path, tmp_path: Path, value: float
+) -> None:
+    """The newest is the best there, and would be the bad ones."""
+    rows = [entry('"Heat (1995)"', '"Up (2009)"', title, "Yes.") for title in ("Alien (1979)", "M (1931)") * 30]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    files = {"prompts": str(prompts), "examples": str(tmp_path / "train.json")}
+    few = {"max_steps": 8, "epochs": 99, "packs_per_step": 1, "checkpoint_every": 2, "eval_every": 4}
+    poison = poisoned(monkeypatch, 4, value)
+    out = tmp_path / "run"
+    with pytest.raises(NotFiniteLossError) as raised:
+        finetune("yes_no", settings(byte_folder, YesNoConfig, **files, **few), None, out, on_record=poison)
+    assert [path.name for path in checkpoints(out / "checkpoints")][-1] == "step-0000002"
+    assert str(out / "checkpoints" / "step-0000002") in str(raised.value.remedy)
+    if value == 1e30:  # a validation that measures nothing had called step 4 the best
+        assert json.loads((out / "penchant.json").read_text())["outcome"]["best_step"] == 2
+        load_engine(byte_folder, out, dtype="float32", device="cpu")
+
+
 def test_a_rate_far_too_high_stops(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
     config = settings(byte_folder, learning_rate=1e30, epochs=2)
     with pytest.raises(ModelError, match="lower learning_rate"):

@@ -65,16 +65,11 @@ def commands() -> list[tuple[str, str]]:
     texts = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in sorted((top / "finetune").glob("*.py"))]
     texts += [re.sub(r"^# ?", "", path.read_text(), flags=re.MULTILINE) for path in SHIPPED]
     texts += [(top / name).read_text() for name in ("README.md", "finetune/README.md")]
-    found = []
-    for text in texts:
-        lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-        for line in lines:
-            shown = re.match(
-                r" *(?:accelerate launch .*?|python )finetune/(\w+)\.py |    penchant finetune (\w+) ", line
-            )
-            if shown:
-                found.append((shown[1] or shown[2], line))
-    return found
+    program = r"(?:(?:accelerate launch|torchrun) --\w+ \d+ |python )finetune/(\w+)\.py [^`\n]*"
+    shown = re.compile(rf"{program}|penchant finetune (\w+) [^`\n]*")
+    found = [one for text in texts for one in shown.finditer(re.sub(r"\\\n\s*", " ", text))]
+    named = [(one[1] or one[2], one[0]) for one in found]
+    return [(name, line) for name, line in named if name in CONFIGS]  # not where RECIPE stands for any
 
 
 def test_every_command_shown_is_one_that_runs() -> None:
@@ -92,7 +87,7 @@ def test_every_command_shown_is_one_that_runs() -> None:
         words = [word for word in words if word not in ("--dry-run", "--resume", "--settings", "...")]
         path = config if config is None or config.name == str(config) else CONFIG_FOLDER.parents[1] / config
         found = read(*words, kind=CONFIGS[recipe], path=path)
-        if many := re.search(r"--num_processes (\d+)", line):
+        if many := re.search(r"--(?:num_processes|nproc_per_node) (\d+)", line):
             assert found.packs_per_step >= int(many[1]), f"{line}: a process without a pack"
         if found.start_from:
             assert "lora" not in found.model_fields_set, f"{line}: the adapter's own settings are kept"

@@ -161,7 +161,11 @@ def _config(path: Path | None, options: dict[str, Any], encoder: dict[str, Any])
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date like 2020-99-99
-            raise ConfigError(f"cannot be read as YAML: {error}", where=str(path), remedy="check --config") from error
+            raise ConfigError(
+                f"cannot be read as YAML: {error}",
+                where=str(path),
+                remedy="give a file, or the name of one of: fit-quick, fit-shop, fit-thorough",
+            ) from error
     if not isinstance(values, dict):
         raise ConfigError("holds no mapping of settings", where=str(path), remedy="write e.g. `candidates: 20`")
     values |= {name: value for name, value in options.items() if value is not None}

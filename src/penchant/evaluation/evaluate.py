@@ -99,8 +99,9 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         """For the settings of a report."""
         sampled = None if self.candidates is None else self.candidates.shape[1]
-        names = ("k", "llm_users", "llm_found_only", "seed", "average", "seen", "seen_last")
-        return {name: getattr(self, name) for name in names} | {"candidates": sampled}
+        names = ("k", "llm_users", "seed", "average", "seen", "seen_last")
+        asked = {"llm_found_only": True} if self.llm_found_only else {}  # else as in reports that were made before it
+        return {name: getattr(self, name) for name in names} | {"candidates": sampled} | asked
 
 
 def evaluate(
@@ -257,6 +258,7 @@ def tabulate(
     if model and protocol.llm_users > 0 and not len(chosen):
         notes.append("no target has a history, so the LLM stage ran on none")
     stage, shown, shown_targets = None, list(ranked), targets
+    listed: LLMStage | None = None  # the stage, where its lists are the LLM's own for everybody
     if model and len(chosen):
         begun = time.perf_counter()
         shown, shown_targets = [one.take(chosen) for one in ranked], targets.take(chosen)
@@ -276,10 +278,10 @@ def tabulate(
         if stage.n_asked < len(chosen):
             notes.append(
                 f"the LLM was asked of the {stage.n_asked:,} targets among them that were retrieved: no order of other "
-                "candidates changes the accuracy. Costs are of these; numbers beyond accuracy leave it out"
+                "candidates changes the accuracy. Costs are of these; other numbers and examples leave it out"
             )
         else:
-            shown += stage.ranked
+            shown, listed = [*shown, *stage.ranked], stage
     rows, tests = corrected(rows)
     notes += tests
     sliced = table.slice_rows(parts, ranked)
@@ -291,7 +293,7 @@ def tabulate(
             f"the likelihoods without history took {stage.prior_seconds:.1f} s, once for a catalogue; no cost above "
             "counts them"
         )
-    final = stage.fused if stage else shown[0]
+    final = listed.fused if listed else shown[0]
     retrieved = 0 if model is None else model.config.candidates
     return Report(
         rows,
@@ -310,7 +312,7 @@ def tabulate(
             n=n_examples,
             seed=protocol.seed,
             masked=protocol.seen == "mask" and protocol.candidates is None,
-            choices=None if stage is None else stage.choices,
+            choices=None if listed is None else listed.choices,
             candidates=retrieved if protocol.candidates is None else protocol.candidates.shape[1],
         ),
     )
@@ -365,10 +367,10 @@ def _costs(
     out = [
         Cost(one.system, 1000 * one.seconds / max(1, len(one.rank)), 0.0, fit_seconds.get(one.system)) for one in ranked
     ]
-    if stage is not None:
+    if stage is not None and stage.n_asked:
         # The encoder's seconds are of all, the LLM's of those it was asked of.
-        seconds = 1000 * (stage.seconds / max(1, stage.n_asked) + encoder.seconds / len(encoder.rank))
-        tokens = None if stage.tokens is None else 1000 * stage.tokens / max(1, stage.n_asked)
+        seconds = 1000 * (stage.seconds / stage.n_asked + encoder.seconds / len(encoder.rank))
+        tokens = None if stage.tokens is None else 1000 * stage.tokens / stage.n_asked
         out += [Cost(one.system, seconds, tokens, fit_seconds.get(one.system)) for one in stage.ranked]
     return out
 

@@ -49,7 +49,7 @@ class Retriever:
         own = (config.resolved().model_dump_json(), str(seed))
         self._key = (split.dataset.content_hash, repr(sorted(split.spec.items())), *own, *key)
         self._stages = stages
-        self._encoders: dict[tuple[int, int], InterestEncoder] = {}
+        self._of_all: InterestEncoder | None = None
 
     def for_targets(self, targets: Targets, k: int) -> Candidates:
         """For validation or test targets: one encoder trained on every user's training events."""
@@ -89,10 +89,12 @@ class Retriever:
         return Candidates(found[:, :, 0].astype(np.int32), found[:, :, 1].astype(np.float32))
 
     def _encoder(self, fold: int, folds: int) -> InterestEncoder:
-        """That of a fold, trained when it is first needed: several sets of targets ask the same one."""
-        if (fold, folds) not in self._encoders:
-            self._encoders[fold, folds] = self._train(fold, folds)
-        return self._encoders[fold, folds]
+        """That of a fold. Validation rows, scores and tests ask the one trained on everybody: it is kept."""
+        if folds > 1:
+            return self._train(fold, folds)
+        if self._of_all is None:
+            self._of_all = self._train(fold, folds)
+        return self._of_all
 
     def _train(self, fold: int, folds: int) -> InterestEncoder:
         split, log = self._split, self._split.log
@@ -107,7 +109,7 @@ class Retriever:
             stopping = stopping.take(np.flatnonzero(away[stopping.user]))
         stopping = stopping.sample(_STOPPING, self._seed)
         histories = [stopping.history(i) for i in range(len(stopping))]
-        done = self._stages(f"train the encoder that retrieves, {fold + 1} of {folds}", self._config.epochs)
+        done = self._stages(f"train the encoder that retrieves, {fold + 1} of {folds}: epochs", self._config.epochs)
         encoder, _ = train_encoder(
             sequences,
             log.n_items,

@@ -43,7 +43,8 @@ class TrainConfig(BaseModel):
     model: str = Field(default="smollm2-135m", description="a known name, a model's folder, or a hub id")
     start_from: str | None = Field(default=None, description="an adapter to go on from, such as another recipe's")
     dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="of the base weights; method full keeps them in float32 and computes in this"
+        default="bfloat16",
+        description="of the base weights; method full keeps and saves float32, and its steps compute in this",
     )
     device: str = Field(default="auto", description="auto, cpu or cuda")
     method: Literal["lora", "full"] = Field(default="lora", description="an adapter, or all weights")

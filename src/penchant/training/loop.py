@@ -117,14 +117,18 @@ class Loop:
             if step == min(_LEARNT_BY, self.state["total_steps"]):
                 self._check_learning(step)
             over = not last and self._over_time()
-            if last or at_minute or over or step % self._every() == 0:
+            looked_at = last or at_minute or over or step % self._every() == 0
+            kept = fixed or step % self.config.checkpoint_every == 0
+            if looked_at or kept:
+                self._require_numbers(step)
+            if looked_at:
                 better = self._validate(step)
                 if over:
                     self.state["stopped"] = "the time box was full before its steps"
                 elif not better and self.state["bad"] >= self.config.patience and not last:
                     self.state["stopped"] = f"no better validation in {self.config.patience}"
                 self._checkpoint(step, keep=at_minute)
-            elif fixed or step % self.config.checkpoint_every == 0:
+            elif kept:
                 # A resumed run must not time its steps anew: on a faster clock its schedule would be another one.
                 self._checkpoint(step)
         self._check_gain()
@@ -349,9 +353,6 @@ class Loop:
         return int(state["step"])
 
     def _checkpoint(self, step: int, keep: bool = False) -> None:
-        bad = [name for name, p in self.student.trainable().items() if not bool(torch.isfinite(p).all())]
-        if bad:
-            self._stop_not_finite(f"{len(bad)} weights are no numbers after step {step}, such as {bad[0]}")
         if keep:
             self.state.setdefault("kept", []).append(f"step-{step:07d}")
         if self.accelerator.is_main_process:
@@ -360,15 +361,25 @@ class Loop:
             prune(self._folder, {best, *self.state.get("kept", [])})
         self.accelerator.wait_for_everyone()
 
+    def _require_numbers(self, step: int) -> None:
+        """Guard: of weights that are no numbers nothing is measured, and nothing kept."""
+        bad = [name for name, p in self.student.trainable().items() if not bool(torch.isfinite(p).all())]
+        bad = self._processes.same({"bad": bad})["bad"]
+        if bad:
+            self._stop_not_finite(f"{len(bad)} weights are no numbers after step {step}, such as {bad[0]}")
+
     def _stop_not_finite(self, what: str) -> NoReturn:
-        self.state["stopped"] = "non-finite loss"
-        # A checkpoint of these very weights, if no validation has seen them, is none to go on from.
-        spared = {f"step-{self.state['best_step']:07d}", "step-0000000", *self.state.get("kept", [])}
-        bad = {f"step-{self.step:07d}"} - spared
-        good = [path for path in checkpoints(self._folder) if path.name not in bad]
-        if self.accelerator.is_main_process and good:
-            for name in bad:
-                shutil.rmtree(self._folder / name, ignore_errors=True)
+        state, here = self.state, self._folder / f"step-{self.step:07d}"
+        state["stopped"] = "non-finite loss"
+        # A checkpoint of these very weights is none to go on from, but where a validation found them the best.
+        measured = state["best"] is not None and not math.isnan(worth(state["best"]))
+        proved = self.step == 0 or (measured and state["best_step"] == self.step)
+        good = [path for path in checkpoints(self._folder) if proved or path != here]
+        if not measured:  # then the best is the newest, and these it can't be
+            newest = int(good[-1].name[5:]) if good else 0
+            state |= {"best_step": newest, "best": state["best"] if newest else None}
+        if good and not proved and here.name not in state.get("kept", []) and self.accelerator.is_main_process:
+            shutil.rmtree(here, ignore_errors=True)
         raise NotFiniteLossError(
             what,
             where="training",

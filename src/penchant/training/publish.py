@@ -27,7 +27,7 @@ def publish(recipe: Recipe, dropped: int, outcome: Outcome, out: Path) -> None:
         **identity_of(recipe),
         **recipe.served_as,
         "outcome": vars(outcome),
-        "item_texts_cut": recipe.corpus.truncated if recipe.split is not None else 0,
+        "item_texts_cut": recipe.texts_cut,
         "events_dropped": dropped,
         "versions": {"python": platform.python_version(), **versions()},
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,14 @@ TEMPLATES = {
 class Recipe:
     """One recipe on one dataset: what both training and `--dry-run` are made of.
 
-    ``stages`` is told of what takes a while before the first step, where it isn't in the cache.
+    ``stages`` is told of what takes a while before the first step, once it has begun: not of what is in the cache.
     """
 
     name: str
     config: TrainConfig
     split: Split | None
     stages: Stages = silent
+    _embedded: Callable[[int], None] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         kind = CONFIGS.get(self.name)
@@ -125,8 +126,13 @@ class Recipe:
             self.corpus.texts,
             layer=default_layer(engine.n_layers),
             template_hash=self.templates.hash("item"),
-            progress=self.stages("embed items", len(self.corpus.texts)),
+            progress=self._embedding,
         )
+
+    def _embedding(self, n: int) -> None:
+        if self._embedded is None:
+            self._embedded = self.stages("embed items", len(self.corpus.texts))
+        self._embedded(n)
 
     # -- rows ----------------------------------------------------------------------------------
 
@@ -241,11 +247,17 @@ class Recipe:
     @property
     def notes(self) -> list[str]:
         """What is to be said of the data before anything is trained on it."""
-        cut = self.corpus.truncated if self.split is not None and "examples" not in self.example_files else 0
-        for path in self.example_files.values():
-            titles = (t for one in yes_no.read_examples(path) for t in (*one.liked, *one.disliked, one.target))
-            cut += sum(len(clean(title, None)) > MAX_DATA_CHARS for title in titles)
+        cut = self.texts_cut
         return [f"{cut} item texts were cut to their first {MAX_DATA_CHARS} characters, as targets too"] if cut else []
+
+    @cached_property
+    def texts_cut(self) -> int:
+        """How many item texts are longer than what is read of them."""
+        if self.split is not None and "examples" not in self.example_files:
+            return self.corpus.truncated
+        read = [one for path in self.example_files.values() for one in yes_no.read_examples(path)]
+        titles = {title for one in read for title in (*one.liked, *one.disliked, one.target)}
+        return sum(len(clean(title, None)) > MAX_DATA_CHARS for title in titles)
 
     def objective(self) -> tuple[Loss | StepLoss, Callable[[Batch], float]]:
         """The summed loss of a batch or of a step, and what it is divided by."""
@@ -314,7 +326,6 @@ _NOT_ROWS = {
     "valid_examples",
     "start_from",
     "device",
-    "method",
     "lora",
     "learning_rate",
     "warmup",

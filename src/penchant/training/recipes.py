@@ -56,7 +56,7 @@ def finetune(
     own = accelerator is None
     accelerator = accelerator or make_accelerator(config, out)
     split = cut(data, config) if isinstance(data, Dataset) else data
-    recipe = Recipe(name, config, split, stages)
+    recipe = Recipe(name, config, split, stages if accelerator.is_main_process else silent)
     config = recipe.config
     identity = identity_of(recipe)
     if accelerator.is_main_process:

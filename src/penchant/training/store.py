@@ -72,7 +72,7 @@ def stored_rows(
     ``dropped`` counts, while rows are made, the events that fitted into no prompt.
     datasets' own caching is not used: its fingerprints hash code by pickling it.
     """
-    name = sha256_text("training rows 3", *key)[:32]
+    name = sha256_text("training rows 4", *key)[:32]
     at = (cache_folder() if folder is None else folder) / "rows" / name
     if not at.is_dir():
         with staged_folder(at) as stage:

@@ -45,7 +45,7 @@ class Student(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What attention computes in, and so what the mask must be."""
+        """What the weights are kept in, and the mask: autocast takes both to what attention computes in."""
         return self.causal_lm.get_input_embeddings().weight.dtype
 
     def forward(self, batch: Batch) -> torch.Tensor:
