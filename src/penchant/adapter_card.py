@@ -75,8 +75,8 @@ def check_likes(adapter: str | Path | None) -> None:
             "was trained on histories that say of each item whether it was liked, and would be asked with ones that "
             "don't",
             where=str(adapter),
-            remedy="train yes_no on a dataset without like_threshold; `penchant evaluate RUN --task tallrec-movie` asks "
-            "as it was trained: a run with this adapter, fitted with another question",
+            remedy="train yes_no on a dataset without like_threshold; `penchant evaluate RUN --task tallrec-movie` "
+            "asks as it was trained: a run with this adapter, fitted with another question",
         )
 
 
