@@ -22,6 +22,8 @@ from penchant.files import read_json
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("ml-100k", "ml-latest-small-5core", "ml-latest-small", "games", "games-6k", "games-20", "beauty")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+# Whose differences the README shows; those of our other variants are in results/TASK.md.
+_WHOLE = ("encoder: ids + text", "llm+interest")
 _STAGE = ("llm", "encoder: ids + text", "the candidates in random order")
 # Notes of a report without which no table is to be read.
 _SAID = ("ranked among sampled candidates only", "leave-last-out: whatever is trained on all users")
@@ -41,7 +43,7 @@ def block(result: dict[str, Any]) -> list[str]:
     between = {row_key(row): row["metrics"] for row in result["spread"]}
     for group, rows in groups.items():
         if rows[0]["difference"]:
-            lines += [*(_difference(group, row) for row in rows), ""]
+            lines += [*(_difference(group, row) for row in rows if row["system"].startswith(_WHOLE)), ""]
             continue
         lines += [f"| {group} | {' | '.join(METRICS)} |", "|---|---|---|"]
 
