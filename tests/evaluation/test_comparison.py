@@ -25,6 +25,7 @@ from penchant.evaluation.tasks import Task
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
 from penchant.interest.match import Chosen, Trials
+from penchant.interest.train import train_encoder
 from penchant.interest.vectors import Scaling
 
 SMALL = ["popularity", "item_knn", "sasrec"]
@@ -183,6 +184,38 @@ def test_a_task_that_only_asks_others_takes_the_encoders_that_were_trained(data:
     weights = weights_of(comparison(data, [BOTH], task()), BOTH)
     weights.write_bytes(weights.read_bytes()[:-8] + b"12345678")
     assert fitted(data, [BOTH], task(k=3)) == [f"{BOTH} 0"]
+
+
+def test_with_ids_alone_ours_is_what_sasrec_learnt_and_what_stands_beside_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[EncoderConfig] = []
+
+    def spy(sequences: Any, n_items: int, text: Any, config: EncoderConfig, *rest: Any, **more: Any) -> Any:
+        trained.append(config)
+        return train_encoder(sequences, n_items, text, config, *rest, **more)
+
+    monkeypatch.setattr("penchant.evaluation.encoders.train_encoder", spy)
+    fit = {"encoder": task().fit.encoder.model_dump() | {"neighbours": 5}, "candidates": 5, "validation_users": 5}
+    two = {"fit": fit, "seeds": [0, 1], "budget": {"trials": 2, "seconds": 60}}
+    alone = comparison(data, ["encoder: ids"], task(**two))
+    alone.run()
+    assert len(trained) == 3, "two configurations, and with the other seed the better one"
+    apart = [alone.finished("encoder: ids", seed) for seed in (0, 1)]
+    trained.clear()
+    beside = Comparison("toy", task(**two), data / "others", FakeEngine, data, ["sasrec", "encoder: ids"])
+    beside.run()
+    assert len(trained) <= 2, "of the first seed the one that SASRec did not choose; if it is the better, again"
+    for seed, own in enumerate(apart):
+        found, plain = (beside.finished(name, seed) for name in ("encoder: ids", "sasrec"))
+        assert found is not None
+        assert plain is not None
+        assert own is not None
+        assert found.ranked.rank.tolist() == own.ranked.rank.tolist()
+        chosen, sasrec = found.record["fit"]["chosen"], plain.record["fit"]["chosen"]
+        assert (chosen["config"], chosen["config"]["neighbours"]) == (own.record["fit"]["chosen"]["config"], 5)
+        if chosen["config"]["dropout"] == sasrec["config"]["dropout"]:
+            assert chosen["fit_seconds"] > sasrec["fit_seconds"], "what another paid for is counted"
 
 
 def test_a_ranking_is_never_beside_other_weights_than_those_it_was_made_with(data: Path) -> None:

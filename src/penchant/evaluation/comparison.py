@@ -31,7 +31,16 @@ from penchant.evaluation.baselines import (
     trial_rows,
 )
 from penchant.evaluation.baselines.sasrec import SASRec
-from penchant.evaluation.encoders import SASREC, VARIANTS, encoder_grid, fit_variant, load_encoder, ranking
+from penchant.evaluation.encoders import (
+    IDS,
+    SASREC,
+    VARIANTS,
+    Trained,
+    encoder_grid,
+    fit_variant,
+    load_encoder,
+    ranking,
+)
 from penchant.evaluation.evaluate import Protocol, tabulate
 from penchant.evaluation.leaks import check_model
 from penchant.evaluation.prepared import Prepared
@@ -54,7 +63,7 @@ BOTH = "encoder: ids + text"
 FULL = "full"
 # What ours is always set against, the best baseline or not: what text adds to IDs, and what training adds to text.
 _PLAIN = (
-    *("SASRec (cross entropy)", "neighbours by nearness", "encoder: ids"),
+    *("SASRec (cross entropy)", "neighbours by nearness", IDS),
     *("newest titles (BM25)", "newest items (LLM vectors)"),
 )
 # The group of a row that shows what a known mistake is worth.
@@ -194,7 +203,7 @@ class Comparison(Prepared):
         task = self.task
         if name in VARIANTS:
             configs = encoder_grid(task, name) if chosen is None else [EncoderConfig.model_validate(chosen)]
-            return fit_variant(self, name, seed, configs)
+            return fit_variant(self, name, seed, configs, self._sasrec(seed) if name == IDS else None)
         return fit_baselines(
             self.split,
             which=[_as_name(name)],
@@ -207,6 +216,15 @@ class Comparison(Prepared):
             grids=self._grids(name, chosen),
             stages=self.stages,
         )[0]
+
+    def _sasrec(self, seed: int) -> Trained | None:
+        """SASRec's encoder, where it is among the systems: with IDs alone ours has its settings and learns the same."""
+        made = self.finished(SASREC, seed) if SASREC in self.systems else None
+        if made is None or not self._has_weights(made.record):
+            return None
+        chosen = made.record["fit"]["chosen"]
+        config = EncoderConfig.model_validate(chosen["config"])
+        return Trained(config, self.trained.weights(made.record["trained"]), chosen["fit_seconds"])
 
     def _grids(self, name: str, chosen: dict[str, Any] | None) -> Grids:
         grids = Grids(sasrec=encoder_grid(self.task, SASREC))

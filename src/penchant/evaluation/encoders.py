@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from penchant.evaluation.baselines import FittedSystem, Validation
 from penchant.evaluation.baselines.sasrec import SASRec
-from penchant.evaluation.baselines.tune import grid, tune
+from penchant.evaluation.baselines.tune import Trial, grid, tune
 from penchant.evaluation.prepared import Prepared
 from penchant.evaluation.systems import System
 from penchant.evaluation.tasks import Task
@@ -21,13 +23,36 @@ from penchant.interest.train import train_encoder
 
 # Our encoder's variants: name -> (text vectors, ID embeddings). With IDs alone and nothing beside it is the baseline
 # sasrec, with the same settings and grid.
-VARIANTS = {"encoder: text": (True, False), "encoder: ids": (False, True), "encoder: ids + text": (True, True)}
-SASREC = "sasrec"
+IDS, SASREC = "encoder: ids", "sasrec"
+VARIANTS = {"encoder: text": (True, False), IDS: (False, True), "encoder: ids + text": (True, True)}
 # Settings of our encoder that the baseline SASRec does not take over.
 _NOT_SASREC = (
     *("kind", "inputs", "interests", "relevance", "id_dropout"),
     *("loss", "hard_negatives", "user_weight", "item_weight", "match", "cold_price"),
 )
+# What is fitted beside a trained encoder, and leaves what it learns alone.
+_BESIDE = {"match", "cold_price", "neighbours"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An encoder that another system trained: its settings, where its weights are, and the seconds it took."""
+
+    config: EncoderConfig
+    weights: Path
+    seconds: float
+
+    def serves(self, config: EncoderConfig) -> bool:
+        """Whether training with these settings would end in the same weights."""
+        return self.config.model_dump(exclude=_BESIDE) == config.model_dump(exclude=_BESIDE)
+
+    def encoder(self, config: EncoderConfig, n_items: int) -> InterestEncoder:
+        """The same weights with room for what these settings have beside them."""
+        plain = InterestEncoder.load(self.weights, self.config, n_items, None)
+        with torch.random.fork_rng(devices=[]):
+            made = InterestEncoder(config, n_items, None)
+        made.load_state_dict(made.state_dict() | plain.state_dict())
+        return made.eval()
 
 
 def encoder_grid(task: Task, name: str) -> list[EncoderConfig]:
@@ -48,8 +73,10 @@ def encoder_grid(task: Task, name: str) -> list[EncoderConfig]:
     return grid(own, dropout=(0.5, 0.3), learning_rate=(5e-3, 2e-3))
 
 
-def fit_variant(made: Prepared, name: str, seed: int, configs: list[EncoderConfig]) -> FittedSystem:
-    """One of VARIANTS, tuned over ``configs`` within the task's budget."""
+def fit_variant(
+    made: Prepared, name: str, seed: int, configs: list[EncoderConfig], trained: Trained | None = None
+) -> FittedSystem:
+    """One of VARIANTS, tuned over ``configs`` within the task's budget; SASRec may have ``trained`` one."""
     task = made.task
     valid = Validation.of(made.split, seed=seed, seen=task.seen, seen_last=task.seen_last)
     columns, reading, words = made.events
@@ -57,22 +84,36 @@ def fit_variant(made: Prepared, name: str, seed: int, configs: list[EncoderConfi
     asked = reading.before(valid.targets.position)
 
     def fit(config: EncoderConfig, left: float) -> System:
-        encoder, _ = train_encoder(
-            sequences,
-            made.split.log.n_items,
-            made.vectors if config.use_text else None,
-            config,
-            lambda e: valid.ndcg(ranking(made, name, e)),
-            inputs=inputs_of(columns, words),
-            max_seconds=left,
-        )
+        if trained is not None and trained.serves(config):
+            encoder = trained.encoder(config, made.split.log.n_items)
+        else:
+            encoder, _ = train_encoder(
+                sequences,
+                made.split.log.n_items,
+                made.vectors if config.use_text else None,
+                config,
+                lambda e: valid.ndcg(ranking(made, name, e)),
+                inputs=inputs_of(columns, words),
+                max_seconds=left,
+            )
         fit_beside(encoder, sequences, asked, valid.targets.item, seen=valid.masked())
         return ranking(made, name, encoder)
 
     configs = [config.model_copy(update={"seed": seed}) for config in configs]
     budget = task.budget.of()
     done = made.stages(f"tune {name}", min(budget.trials, len(configs)))
-    return tune(name, configs, fit, valid, budget, seed=seed, done=done)
+    fitted = tune(name, configs, fit, valid, budget, seed=seed, done=done)
+    return fitted if trained is None else _with_its_seconds(fitted, trained)
+
+
+def _with_its_seconds(fitted: FittedSystem, trained: Trained) -> FittedSystem:
+    """What a system costs is not less because another paid for it."""
+
+    def whole(trial: Trial) -> Trial:
+        paid = trained.seconds if trained.serves(EncoderConfig.model_validate(trial.config)) else 0.0
+        return replace(trial, fit_seconds=trial.fit_seconds + paid)
+
+    return replace(fitted, chosen=whole(fitted.chosen), trials=[whole(trial) for trial in fitted.trials])
 
 
 def load_encoder(made: Prepared, name: str, path: Path, config: EncoderConfig) -> InterestEncoder:
