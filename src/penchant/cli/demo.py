@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from penchant.cli.console import Stages
     from penchant.data.split import Split
     from penchant.engine.transformers import TransformersEngine
-    from penchant.evaluation.report import Report
     from penchant.recommend import Recommender
     from penchant.run_folder import FitConfig
 
@@ -87,7 +87,8 @@ def demo_command(
     typer.echo("")
     typer.echo(report.to_text())
     typer.echo(f"\nthe same after {_FINETUNE_MINUTES:g} minute of next-item LoRA ({adapter})")
-    typer.echo(_llm_lines(tuned))
+    asked = [row for row in tuned.rows if "llm" in row.system]
+    typer.echo(replace(tuned, rows=asked, notes=[]).to_text())
     _say_seconds(seconds, out, loaded)
     typer.echo(f"next: penchant recommend {out} --user 42")
     typer.echo(str(out))
@@ -119,19 +120,6 @@ def _finetune(split: Split, out: Path, *, fresh: bool) -> Path:
             shutil.rmtree(adapter)
         finetune("next_item", config, split, adapter)
     return adapter
-
-
-def _llm_lines(report: Report) -> str:
-    """The rows of a report that the LLM has a part in."""
-    lines = []
-    for row in report.rows:
-        if "llm" in row.system:
-            cells = (
-                f"{name} {found.mean:+.4f}" if row.difference else f"{name} {found.mean:.4f}"
-                for name, found in row.metrics.items()
-            )
-            lines.append(f"  {row.system:<46} " + "  ".join(cells))
-    return "\n".join(lines)
 
 
 def _fit_or_load(
