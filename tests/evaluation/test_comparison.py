@@ -159,6 +159,9 @@ def test_a_task_that_only_asks_others_takes_the_encoders_that_were_trained(data:
     two = {"seeds": [3, 4], "budget": {"trials": 2, "seconds": 60}}
     first = comparison(data, ENCODERS, task(**two), stamp={"commit": "old"})
     ranked = {(name, seed): first.finished(name, seed) for name in ENCODERS for seed in (3, 4)}
+    for path in (data / "results" / "encoders").glob("*.json"):  # so tiny a training takes no time that would show
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"origin": record["origin"] | {"seconds": 7.0}}))
     # Lists of others are ranked, and means are over users: another task of another name.
     other = Comparison("other", task(**two, average="user", k=3), data / "results", FakeEngine, data, ENCODERS)
     other.stamp = {"commit": "new"}
@@ -176,9 +179,8 @@ def test_a_task_that_only_asks_others_takes_the_encoders_that_were_trained(data:
         assert made[name, seed]["commit"] == "new"
         assert made[name, seed]["trained"]["commit"] == "old"
     # What a table took is with the training, whoever paid for it.
-    took = sum(one["seconds"] + one.get("trained", {}).get("seconds", 0) for one in made.values())
+    took = sum(one["seconds"] for one in made.values()) + 7.0 * len(ranked)
     assert result["seconds"] == pytest.approx(took, abs=0.06)
-    assert took > sum(one["seconds"] for one in made.values())
     # What trains otherwise is trained anew, and so is what was torn.
     assert fitted(data, [BOTH], task(**two, seen_last=3)) == [f"{BOTH} 3", f"{BOTH} 4"]
     weights = weights_of(comparison(data, [BOTH], task()), BOTH)
