@@ -120,7 +120,9 @@ def main(
             "recipe": name,
             "points": points,
             "candidates": candidates,
-            "settings": settings.model_dump(mode="json"),
+            # Where an adapter lay on this machine says nothing; its folder's name says what it was.
+            "settings": settings.model_dump(mode="json")
+            | {"start_from": settings.start_from and Path(settings.start_from).name},
             "steps": len(steps),
             "targets": sum(r["targets"] for r in steps),
             "tokens": sum(r["tokens"] for r in steps),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from penchant.evaluation.baselines import FittedSystem, Validation
 from penchant.evaluation.baselines.sasrec import SASRec
@@ -48,11 +47,7 @@ class Trained:
 
     def encoder(self, config: EncoderConfig, n_items: int) -> InterestEncoder:
         """The same weights with room for what these settings have beside them."""
-        plain = InterestEncoder.load(self.weights, self.config, n_items, None)
-        with torch.random.fork_rng(devices=[]):
-            made = InterestEncoder(config, n_items, None)
-        made.load_state_dict(made.state_dict() | plain.state_dict())
-        return made.eval()
+        return InterestEncoder.load(self.weights, self.config, n_items, None).with_beside(config)
 
 
 def encoder_grid(task: Task, name: str) -> list[EncoderConfig]:

@@ -80,10 +80,22 @@ class InterestEncoder(nn.Module):
         self.several = Interests(dim, config.interests) if config.interests > 1 else None
         self.norm = nn.LayerNorm(dim)
         self.relevance = Relevance(config)
-        self.match = TextMatch(config.match, dim, text.shape[1]) if config.match and text is not None else None
-        self.neighbours = Neighbours(config.near, n_items, dim) if config.near else None
+        self._make_room(config)
         if self.ids is not None:
             nn.init.normal_(self.ids.weight, std=0.02)
+
+    def _make_room(self, config: EncoderConfig) -> None:
+        """For what is fitted beside the trained weights, nothing of it yet."""
+        dim, text = config.dim, self.text
+        self.match = TextMatch(config.match, dim, text.shape[1]) if config.match and text is not None else None
+        self.neighbours = Neighbours(config.near, self.n_items, dim) if config.near else None
+
+    def with_beside(self, config: EncoderConfig) -> InterestEncoder:
+        """A copy of what is trained, with room for what ``config``, alike but for that, has beside it."""
+        made = copy.deepcopy(self)
+        made.config = config
+        made._make_room(config)
+        return made.eval()
 
     # -- E_c -----------------------------------------------------------------------------------
 
