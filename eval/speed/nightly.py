@@ -34,11 +34,13 @@ from penchant.engine.noise import quiet_libraries
 from penchant.environment import commit_of, environment
 from penchant.errors import ConfigError
 from penchant.evaluation.tasks import load_task, read_data
+from penchant.fetch import fetch
 from penchant.files import write_json
 from penchant.fusion import Fusion
 from penchant.recommend import Recommender
 from penchant.schema import ITEM, USER
 
+MODEL = "smollm2-135m"
 app = typer.Typer(add_completion=False)
 
 
@@ -47,7 +49,7 @@ def night(task: str, data_dir: Path, users: float, items: float, epochs: int, ll
     """One whole night, in this process; tells its seconds by part as a line of JSON."""
     quiet_libraries()
     asked = load_task(task)
-    engine = load_engine("smollm2-135m")
+    engine = load_engine(MODEL)
     engine.score(["warm"], [["up"]])
     seconds: dict[str, float] = {}
     begun = time.perf_counter()
@@ -61,7 +63,6 @@ def night(task: str, data_dir: Path, users: float, items: float, epochs: int, ll
     split = leave_last_out(data, test=False)
     lap("read the log")
     encoder = asked.fit.encoder
-    # Its patience grows with the epochs: with few of them it would stop for another reason than the night does.
     encoder = encoder.model_copy(update={"epochs": epochs} if epochs else {})
     config = asked.fit.model_copy(update={"encoder": encoder, "validation_users": 1})
     model = Recommender.fit(split, engine, config)
@@ -105,12 +106,9 @@ def some(data: Dataset, users: float, items: float) -> Dataset:
 
 
 def apart(*arguments: object) -> dict[str, Any]:
-    """``night`` in a process of its own, with an empty cache but for what was fetched."""
+    """``night`` in a process of its own, with a cache that holds nothing but the model."""
     with tempfile.TemporaryDirectory() as cache:
-        given = Path(os.environ.get("PENCHANT_CACHE", Path.home() / ".cache" / "penchant"))
-        for part in ("smollm2-135m", "movielens-100k"):
-            if (given / part).is_dir():
-                (Path(cache) / part).symlink_to(given / part)
+        (Path(cache) / MODEL).symlink_to(fetch(MODEL))
         command = [sys.executable, __file__, "night", *map(str, arguments)]
         ended = subprocess.run(
             command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ | {"PENCHANT_CACHE": cache}
@@ -159,7 +157,7 @@ def main(
         for users, items in ((part, 1.0), (share, part)):
             row = apart(task, data_dir, users, items, 2, 0)
             rows.append({"share of users": users, "share of items": items, **row, **each(row)})
-    about = {"task": task, "threads": torch.get_num_threads(), "model": "smollm2-135m", "environment": environment()}
+    about = {"task": task, "threads": torch.get_num_threads(), "model": MODEL, "environment": environment()}
     write_json(out, {"night": whole, "growth": rows, **about, **commit_of(Path(__file__).resolve().parent)})
     print(out)
 

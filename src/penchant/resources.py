@@ -23,6 +23,12 @@ def config_file(path: Path) -> Path:
     return named.get(path.name.removesuffix(".yaml"), path)
 
 
+def config_names(*, fit: bool) -> str:
+    """The names that ``config_file`` knows, of `penchant fit` or of the recipes, for an error's remedy."""
+    names = sorted(file.stem for file in shipped("configs").glob("*.yaml"))
+    return ", ".join(name for name in names if name.startswith("fit-") == fit)
+
+
 def shipped(kind: Literal["prompts", "configs", "tasks"]) -> Path:
     """The folder of that kind; ConfigError where the installation lacks it."""
     for folder in (_PACKAGE / "_shipped" / kind, _PACKAGE.parents[1] / _ORIGINAL[kind]):

@@ -23,6 +23,7 @@ from penchant.data.history import Targets
 from penchant.data.split import Split, global_time, leave_last_out
 from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.evaluation import evaluate as module
+from penchant.evaluation import protocol
 from penchant.evaluation.baselines.popularity import Popularity
 from penchant.evaluation.evaluate import evaluate
 from penchant.evaluation.leaks import check_run
@@ -293,7 +294,7 @@ def test_a_model_that_asks_another_question_is_shown_under_its_name(model: Recom
 def test_blocks_of_targets_change_nothing(model: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     before = evaluate(model, k=3, llm_users=0).rows
     for block in (1, 16 * 7):
-        monkeypatch.setattr(module, "rank_targets", functools.partial(rank_targets, block=block))
+        monkeypatch.setattr(protocol, "rank_targets", functools.partial(rank_targets, block=block))
         assert evaluate(model, k=3, llm_users=0).rows == before
 
 
@@ -763,7 +764,7 @@ def test_a_leak_fails_the_run_before_anything_is_scored(model: Recommender, monk
     train[split.valid.position[4]] = True  # learnt from what validation holds out
     leaky = dataclasses.replace(model, split=dataclasses.replace(split, train=train))
     leaky.use_engine(FakeEngine())
-    monkeypatch.setattr(module, "rank_targets", lambda *a, **b: pytest.fail("it was scored"))
+    monkeypatch.setattr(protocol, "rank_targets", lambda *a, **b: pytest.fail("it was scored"))
     with pytest.raises(DataError, match="leak check"):
         evaluate(leaky)
 

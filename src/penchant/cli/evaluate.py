@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from penchant.data.history import Targets
     from penchant.evaluation.baselines import FittedSystem
-    from penchant.evaluation.evaluate import Protocol
+    from penchant.evaluation.protocol import Protocol
     from penchant.evaluation.report import Report
     from penchant.evaluation.tasks import Task
     from penchant.recommend import Recommender, Stages
@@ -152,7 +152,7 @@ def _asked(
 ) -> tuple[Targets, Protocol, list[dict[str, object]]]:
     """The run's own test targets, or the task's with its protocol: then the run must be of its data and split."""
     if name is None:
-        from penchant.evaluation.evaluate import Protocol
+        from penchant.evaluation.protocol import Protocol
 
         return model.split.test, Protocol(), []
     from penchant.evaluation.tasks import asked_of, load_task, read_data, split_of

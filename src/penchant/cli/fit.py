@@ -152,7 +152,7 @@ def _config(path: Path | None, options: dict[str, Any], encoder: dict[str, Any])
     import yaml
     from pydantic import ValidationError
 
-    from penchant.resources import config_file
+    from penchant.resources import config_file, config_names
     from penchant.run_folder import FitConfig
 
     values: dict[str, Any] = {}
@@ -164,7 +164,7 @@ def _config(path: Path | None, options: dict[str, Any], encoder: dict[str, Any])
             raise ConfigError(
                 f"cannot be read as YAML: {error}",
                 where=str(path),
-                remedy="give a file, or the name of one of: fit-quick, fit-shop, fit-thorough",
+                remedy=f"give a file, or the name of one of: {config_names(fit=True)}",
             ) from error
     if not isinstance(values, dict):
         raise ConfigError("holds no mapping of settings", where=str(path), remedy="write e.g. `candidates: 20`")

@@ -41,9 +41,10 @@ from penchant.evaluation.encoders import (
     load_encoder,
     ranking,
 )
-from penchant.evaluation.evaluate import Protocol, tabulate
+from penchant.evaluation.evaluate import tabulate
 from penchant.evaluation.leaks import check_model
 from penchant.evaluation.prepared import Prepared
+from penchant.evaluation.protocol import Protocol
 from penchant.evaluation.report import Report
 from penchant.evaluation.rows import Table
 from penchant.evaluation.spread import spread
@@ -218,8 +219,8 @@ class Comparison(Prepared):
         )[0]
 
     def _sasrec(self, seed: int) -> Trained | None:
-        """SASRec's encoder, where it is among the systems: with IDs alone ours has its settings and learns the same."""
-        made = self.finished(SASREC, seed) if SASREC in self.systems else None
+        """SASRec's encoder, where this run has it already: with IDs alone ours has its settings and learns the same."""
+        made = self.finished(SASREC, seed) if (SASREC, seed) in self.origins else None
         if made is None or not self._has_weights(made.record):
             return None
         chosen = made.record["fit"]["chosen"]

@@ -12,8 +12,9 @@ from penchant.data.split import Split
 from penchant.errors import ConfigError
 from penchant.evaluation.baselines.events import TrainingEvents
 from penchant.evaluation.baselines.popularity import fit_popularity
-from penchant.evaluation.evaluate import Protocol, tabulate
+from penchant.evaluation.evaluate import tabulate
 from penchant.evaluation.lists import score_lists
+from penchant.evaluation.protocol import Protocol
 from penchant.evaluation.ranking import Ranked
 from penchant.evaluation.report import Report
 

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from penchant.data.dataset import Dataset
 from penchant.errors import DataError
-from penchant.evaluation.evaluate import Protocol, check_targets
+from penchant.evaluation.evaluate import check_targets
 from penchant.evaluation.leaks import check_run
 from penchant.evaluation.llm_stage import run_llm_stage
 from penchant.evaluation.neutral import neutral_dataset, neutral_names
 from penchant.evaluation.notes import protocol_notes
 from penchant.evaluation.ours import own_systems
+from penchant.evaluation.protocol import Protocol
 from penchant.evaluation.ranking import Ranked
 from penchant.evaluation.recall import TitleRecall, YearRecall, title_recall, year_recall
 from penchant.evaluation.report import Report, Row

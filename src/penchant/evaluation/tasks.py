@@ -20,7 +20,7 @@ from penchant.data.history import Targets
 from penchant.data.split import Split, global_time, leave_last_out
 from penchant.errors import ConfigError, DataError
 from penchant.evaluation.baselines import Budget, Name
-from penchant.evaluation.evaluate import Protocol
+from penchant.evaluation.protocol import Protocol
 from penchant.evaluation.ranking import Seen
 from penchant.evaluation.readers import Reader, folder_of, read_candidates
 from penchant.evaluation.rows import Average

@@ -58,3 +58,8 @@ def greedy(rows: Sequence[Row], size: int) -> list[list[Row]]:
         packs[-1].append(row)
         used += len(row)
     return packs
+
+
+def validation_every(config: TrainConfig, total_steps: int) -> int:
+    """Steps between validations of a run of so many steps."""
+    return config.eval_every or max(1, math.ceil(total_steps / 4))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import shutil
 import time
 import warnings
@@ -26,11 +25,11 @@ from penchant.files import without_nan
 from penchant.training.batch import Batch, collate
 from penchant.training.checkpoints import checkpoints, load_checkpoint, prune, save_checkpoint
 from penchant.training.config import TrainConfig
-from penchant.training.held_out import finite, held_out_loss, worth
+from penchant.training.held_out import finite, held_out_loss, validation_every, worth
 from penchant.training.journal import Journal
 from penchant.training.objectives import over
 from penchant.training.packing import Plan
-from penchant.training.processes import Processes
+from penchant.training.processes import Processes, memory_mib
 from penchant.training.rows import Row
 from penchant.training.student import Student
 from penchant.training.task import Outcome, Task
@@ -76,7 +75,6 @@ class Loop:
         self._folder = out / "checkpoints"
         self.step = 0  # steps done
         self._journal: Journal | None = None
-        self._probe: list[Row] = []  # training rows that stand in for held-out ones
         # All that a checkpoint keeps besides weights and moments.
         self.state: dict[str, Any] = {
             "total_steps": self._planned(),
@@ -95,8 +93,6 @@ class Loop:
 
     def run(self, *, resume: bool = False) -> Outcome:
         found = self._resume() if resume else None
-        if not self.task.valid:
-            self._probe = [self.task.rows[r] for pack in self.plan.step(0) for r in pack]
         if self.accelerator.is_main_process:
             self._journal = Journal(self.out / "log.jsonl", resume_step=found)
         self.step = step = found or 0
@@ -261,7 +257,7 @@ class Loop:
         if state["start"] is None:
             if found["valid_loss"] is None:
                 self.warn("no held-out row: neither loss nor score can say whether this training helps")
-            state["start"] = found | ({"first_rows": self._loss_of_probe()} if self._probe else {})
+            state["start"] = found | {"watched": found["valid_loss"] if self.task.valid else self._watched()}
         best = math.nan if state["best"] is None else worth(state["best"])
         # The model before training is what the others are held against, and never what is kept: an adapter that is
         # all zeros would be no adapter. Where nothing can be measured the newest is kept.
@@ -285,15 +281,8 @@ class Loop:
 
     def _check_learning(self, step: int) -> None:
         """A loud word where the held-out loss hasn't moved down since the start; without such rows the first step's."""
-        start = self.state["start"]
-        if self._probe:
-            what, first, found = "loss of the first step's rows", start.get("first_rows"), self._loss_of_probe()
-        else:
-            what, first = "held-out loss", start["valid_loss"]
-            mine = self.accelerator.is_main_process
-            found = self._processes.same({"loss": held_out_loss(self.task, self.student, self.config)} if mine else {})[
-                "loss"
-            ]
+        what = "held-out loss" if self.task.valid else "loss of the first step's rows"
+        found, first = self._watched(), self.state["start"].get("watched")
         if not finite(found):
             self._stop_not_finite(f"the {what} is {found} after step {step}")
         if first is not None and found is not None and not found < first - 1e-4:
@@ -302,10 +291,14 @@ class Loop:
                 "raise learning_rate, check the template and the data"
             )
 
-    def _loss_of_probe(self) -> float | None:
-        mine = self.accelerator.is_main_process
-        task = replace(self.task, valid=self._probe)
-        return self._processes.same({"loss": held_out_loss(task, self.student, self.config)} if mine else {})["loss"]
+    def _watched(self) -> float | None:
+        """The loss that has to move, on all processes: of held-out rows, or else of the first step's."""
+        if not self.accelerator.is_main_process:
+            return self._processes.same({})["loss"]
+        rows = self.task.valid or [self.task.rows[r] for pack in self.plan.step(0) for r in pack]
+        return self._processes.same({"loss": held_out_loss(replace(self.task, valid=rows), self.student, self.config)})[
+            "loss"
+        ]
 
     # -- small parts ---------------------------------------------------------------------------
 
@@ -401,15 +394,3 @@ class Loop:
         if self.config.report_to:
             numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
             self.accelerator.log({f"{record['kind']}/{k}": v for k, v in numbers.items()}, step=record["step"])
-
-
-def validation_every(config: TrainConfig, total_steps: int) -> int:
-    """Steps between validations of a run of so many steps."""
-    return config.eval_every or max(1, math.ceil(total_steps / 4))
-
-
-def memory_mib() -> int:
-    """Peak memory so far: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated() / 2**20)
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

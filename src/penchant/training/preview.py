@@ -14,10 +14,10 @@ from penchant.recommend import Stages, silent
 from penchant.tokens import TextCodec
 from penchant.training.batch import collate
 from penchant.training.config import ContrastiveConfig, TrainConfig
-from penchant.training.held_out import VALID_PACKS, greedy
-from penchant.training.loop import memory_mib, validation_every
+from penchant.training.held_out import VALID_PACKS, greedy, validation_every
 from penchant.training.objectives import over
 from penchant.training.packing import Plan
+from penchant.training.processes import memory_mib
 from penchant.training.recipe import Recipe
 from penchant.training.recipes import cut
 from penchant.training.rows import Row

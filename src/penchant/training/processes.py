@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -76,3 +77,10 @@ class Processes:
         box: list[Any] = [found]
         broadcast_object_list(box, from_process=0)
         return dict(box[0])
+
+
+def memory_mib() -> int:
+    """Peak memory so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated() / 2**20)
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from penchant.errors import ConfigError
-from penchant.resources import config_file, shipped
+from penchant.resources import config_file, config_names
 from penchant.training.config import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -28,13 +28,10 @@ def read_settings(kind: type[Config], path: Path | None, options: Sequence[str] 
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date like 2020-99-99
-            there = ", ".join(
-                sorted(p.stem for p in shipped("configs").glob("*.yaml") if not p.stem.startswith("fit-"))
-            )
             raise ConfigError(
                 f"cannot be read as YAML: {error}",
                 where=str(path),
-                remedy=f"give a file, or the name of one of: {there}",
+                remedy=f"give a file, or the name of one of: {config_names(fit=False)}",
             ) from error
         if not isinstance(values, dict):
             raise ConfigError(
