@@ -165,6 +165,39 @@ def test_tallrec_scores_its_test_examples(byte_folder: Path, prompts: Path, tmp_
         assert f"{of['mean']:.4f}".removeprefix("0") in row
 
 
+def test_what_the_llm_adds_is_a_mean_over_seeds_between_their_widest_bounds() -> None:
+    def row(group: str, system: str, mean: float, low: float, high: float) -> dict[str, Any]:
+        return {"group": group, "system": system, "metrics": {"NDCG@10": {"mean": mean, "low": low, "high": high}}}
+
+    def run(shift: float, text: float) -> dict[str, Any]:
+        added = "encoder: ids + text minus encoder: ids"
+        return {
+            "rows": [
+                row("paired differences on all 9 targets", added, text, text - 0.01, text + 0.02),
+                row("paired differences on the 2 targets that are cold items", added, 9, 9, 9),
+                row("what the LLM adds", "llm+interest minus encoder: ids + text", shift, shift - 0.1, shift + 0.1),
+            ],
+            "costs": [
+                {"system": "encoder: ids + text", "seconds_per_1000_users": 0.25},
+                {"system": "llm+interest (weight 0.1, calibration 1)", "seconds_per_1000_users": 500.4},
+            ],
+        }
+
+    whole, sample = "all 9 targets, whole catalogue of 4", "the same 3 of them (seed 0)"
+    spread = [
+        row(whole, "encoder: ids", 0.5, 0, 1),
+        row(whole, "encoder: ids + text", 0.625, 0, 1),
+        row(sample, "encoder: ids", 0.9, 0, 1),
+    ]
+    tables = program("tables.py")
+    asked = {"task": "tiny", "runs": [run(0.2, 0.03), run(-0.1, 0.05)], "spread": spread}
+    unasked = {"task": "no LLM", "runs": [{"rows": [], "costs": []}], "spread": spread}
+    (line,) = [line for line in tables.added([asked, unasked]) if line.startswith("| ") and "IDs" not in line]
+    wanted = ".5000 |  | .6250 | +0.0400 [+0.0200, +0.0700] | +0.0500 [-0.2000, +0.3000] | 0.2 | 500 |"
+    assert line == f"| tiny | {wanted}"
+    assert tables.added([unasked]) == []
+
+
 def test_speed_compares_dense_with_single_and_packed_with_full(byte_folder: Path, tmp_path: Path) -> None:
     Dataset.read(*toy_frames(n_users=6, n_events=24)).save(tmp_path / "data")
     speed = program("speed/training.py")
