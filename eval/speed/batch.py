@@ -43,7 +43,7 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
 from penchant.engine.noise import quiet_libraries
-from penchant.environment import environment
+from penchant.environment import environment, process_mib
 from penchant.errors import ConfigError
 from penchant.fetch import fetch
 from penchant.files import write_json
@@ -182,10 +182,7 @@ def ray(run: Path, users: Path, out: Path, workers: int, shard_rows: int) -> Non
 
 def tell(**numbers: Any) -> None:
     """One line for the process that asked, with this one's peak memory."""
-    # ru_maxrss would begin at what the process that forked this one held.
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))  # KiB
-    print(json.dumps({**numbers, "peak_mib": round(peak / 1024, 1)}))
+    print(json.dumps({**numbers, "peak_mib": round(process_mib(peak=True), 1)}))
 
 
 def side(*arguments: object) -> dict[str, Any]:

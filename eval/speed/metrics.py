@@ -9,7 +9,6 @@ count in the peak, but not in the seconds. The intervals that a report puts arou
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import typer
 from numpy.typing import NDArray
 
 from penchant import metrics
-from penchant.environment import environment
+from penchant.environment import environment, process_mib
 from penchant.evaluation.statistics import bootstrap_mean
 from penchant.files import write_json
 
@@ -53,7 +52,7 @@ def measure(kind: Kind, users: int, length: int, relevant: int) -> dict[str, Any
     """Every metric at every cut, one value a user; seconds of the whole, of the intervals, and peak memory."""
     rng = np.random.default_rng(0)
     lists = lists_of(users, length, rng)
-    before = _peak()
+    before = process_mib(peak=True)
     # Half of the relevant items are to be found.
     wanted = rng.integers(_ITEMS, size=(users, relevant if kind == "several" else 1), dtype=np.int32)
     found = rng.random(wanted.shape) < 0.5
@@ -68,7 +67,7 @@ def measure(kind: Kind, users: int, length: int, relevant: int) -> dict[str, Any
         values = {f"{m.__name__}@{k}": getattr(hits, m.__name__)(k) for m in _SINGLE for k in _CUTS}
     means = {name: float(value.mean()) for name, value in values.items()}
     seconds = time.perf_counter() - begun
-    peak = _peak()
+    peak = process_mib(peak=True)
     begun = time.perf_counter()
     estimate = bootstrap_mean(values["ndcg@10"])
     return {
@@ -82,11 +81,6 @@ def measure(kind: Kind, users: int, length: int, relevant: int) -> dict[str, Any
         "seconds_of_one_bootstrap_interval": round(time.perf_counter() - begun, 2),
         "ndcg@10": [round(x, 5) for x in (means["ndcg@10"], estimate.low, estimate.high)],
     }
-
-
-def _peak() -> float:
-    """Peak resident memory of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main(

@@ -31,7 +31,7 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
 from penchant.engine.noise import quiet_libraries
-from penchant.environment import commit_of, environment
+from penchant.environment import commit_of, environment, process_mib
 from penchant.errors import ConfigError
 from penchant.evaluation.tasks import load_task, read_data
 from penchant.fetch import fetch
@@ -86,8 +86,7 @@ def night(task: str, data_dir: Path, users: float, items: float, epochs: int, ll
             begun = time.perf_counter()
             batch(model, Path(folder) / "llm", Path(folder) / "some.parquet", k=10, method="rank")
             found["llm"] = {"users": llm_users, "seconds": round(time.perf_counter() - begun, 2)}
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    found["peak_mib"] = round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
+    found["peak_mib"] = round(process_mib(peak=True))
     print(json.dumps(found))
 
 

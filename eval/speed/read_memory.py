@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
+
+from penchant.environment import environment, process_mib
 
 _USERS_A_ROW = 0.1
 _PIECE = 1_000_000
@@ -57,28 +55,17 @@ def read_and_save(folder: Path) -> None:
     start = time.perf_counter()
     dataset = Dataset.read(folder / "interactions.csv", folder / "items.csv")
     after_read = time.perf_counter()
-    peak_read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_read = process_mib(peak=True)
     dataset.save(folder / "saved")
     used = {
         "read_seconds": round(after_read - start, 2),
         "save_seconds": round(time.perf_counter() - after_read, 2),
-        "peak_rss_after_read_mib": round(peak_read / 1024),
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_rss_after_read_mib": round(peak_read),
+        "peak_rss_mib": round(process_mib(peak=True)),
         "users": dataset.n_users,
         "content_hash": dataset.content_hash,
     }
     sys.stdout.write(json.dumps(used) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    """The processor, its cores and the memory of this machine."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_mib": round(total / 2**20)}
 
 
 def main() -> None:
@@ -103,9 +90,7 @@ def main() -> None:
             **used,
             "csv_mib": round((folder / "interactions.csv").stat().st_size / 2**20, 1),
             "saved_mib": round(sum(path.stat().st_size for path in (folder / "saved").iterdir()) / 2**20, 1),
-            "machine": machine(),
-            "python": platform.python_version(),
-            "polars": pl.__version__,
+            "environment": environment(),
         }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from penchant.environment import environment
+from penchant.environment import environment, process_mib
 from penchant.files import write_json
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
@@ -91,12 +91,6 @@ def race(exact: ExactIndex, graph: HNSWIndex, asked: Floats, k: int, repeats: in
     )
 
 
-def _mib(what: str) -> float:
-    """Resident memory of this process, MiB: VmRSS is now, VmHWM the peak."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
-
-
 def main(
     out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("eval/results/retrieval.json"),
     items: Annotated[int, typer.Option(help="Items of the catalogue.")] = 1_000_000,
@@ -131,15 +125,15 @@ def main(
     print(found["one_user"])
 
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far was that of making the vectors
-    before = _mib("VmRSS")
+    before = process_mib(peak=False)
     exact = ExactIndex(vectors, model="benchmark")
     exact.search(asked, k)
-    exact_peak, without = _mib("VmHWM"), _mib("VmRSS")
+    exact_peak, without = process_mib(peak=True), process_mib(peak=False)
     config = HNSWConfig(m=m, ef_construction=ef_construction, ef_search=ef_search)
     begun = time.perf_counter()
     graph = HNSWIndex(vectors, config, model="benchmark")
     built = time.perf_counter() - begun
-    graph_mib = _mib("VmRSS") - without
+    graph_mib = process_mib(peak=False) - without
 
     seconds = race(exact, graph, asked, k, repeats)
     found["exact"] = {

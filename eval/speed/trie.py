@@ -5,7 +5,6 @@ python eval/speed/trie.py --out eval/results/trie.json
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import typer
 
 from penchant.catalog_trie import CatalogTrie
-from penchant.environment import environment
+from penchant.environment import environment, process_mib
 from penchant.files import write_json
 
 
@@ -28,11 +27,11 @@ def main(
     """Zipf-distributed tokens, as words are; seed 0."""
     rng = np.random.default_rng(0)
     sequences = [tuple(row) for row in (rng.zipf(1.3, (titles, tokens)) % 49_152).tolist()]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = process_mib(peak=True)
     begun = time.perf_counter()
     trie = CatalogTrie.build(sequences)
     seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = process_mib(peak=True)
     with tempfile.TemporaryDirectory() as folder:
         trie.save(Path(folder) / "trie")
         size = sum(p.stat().st_size for p in (Path(folder) / "trie").iterdir()) / 2**20

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,20 @@ def commit_of(folder: Path) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None}
     return {"commit": head.stdout.strip(), "changed": bool(changed.stdout.strip())}
+
+
+def process_mib(*, peak: bool) -> float:
+    """Resident memory of this process, MiB: what it holds now, or the most that it has held.
+
+    Linux's own status is read, since the peak that getrusage tells begins at what the parent held when it forked.
+    Where there is none (macOS), the peak is getrusage's, and so is what is held now.
+    """
+    try:
+        with open("/proc/self/status", encoding="utf-8") as handle:
+            name = "VmHWM:" if peak else "VmRSS:"
+            return next(int(line.split()[1]) for line in handle if line.startswith(name)) / 2**10
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +16,7 @@ from accelerate.utils import (
     gather_object,
 )
 
+from penchant.environment import process_mib
 from penchant.errors import ConfigError
 from penchant.training.config import TrainConfig
 from penchant.training.objectives import alone
@@ -83,4 +83,4 @@ def memory_mib() -> int:
     """Peak memory so far: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated() / 2**20)
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return int(process_mib(peak=True))
