@@ -9,7 +9,7 @@ Rows (each side is warmed first; a peer too slow to finish is timed on a seeded 
   beams      16 users, the Games catalogue, 10 and 50 beams: generate(prefix_allowed_tokens_fn, num_beams)
   exact      exact top 10 of MovieLens-100K's titles for 16 users: scoring every title our fast way
   labels     yes/no for 256 prompts that share an instruction: one batch of prompts at a time
-  growth     items/s with 10, 100, 1,000 candidates and 50 to 800 tokens of history (a plot beside the JSON)
+  growth     items/s with 10, 100, 1,000 candidates and 50 to 800 tokens of history (scoring_plot.py draws it)
 The floor of a row is the time its tokens would take at the rate of a plain full forward in the same run.
 """
 
@@ -370,13 +370,8 @@ def labels(bench: Bench) -> list[dict]:
     ]
 
 
-def growth(bench: Bench, plot: Path) -> list[dict]:
+def growth(bench: Bench) -> list[dict]:
     """Items a second for more candidates and longer histories; 4 users."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     found = []
     for tokens in (50, 200, 800):
         for n in (10, 100, 1000):
@@ -393,18 +388,6 @@ def growth(bench: Bench, plot: Path) -> list[dict]:
                 }
             )  # fmt: skip
             print(found[-1], flush=True)
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for tokens in (50, 200, 800):
-        some = [f for f in found if f["history_tokens"] == tokens]
-        axes.plot(
-            [f["candidates"] for f in some], [f["items_per_second"] for f in some], marker="o", label=f"{tokens} tokens"
-        )
-    axes.set(xscale="log", yscale="log", xlabel="candidates a user", ylabel="items scored a second")
-    axes.set_title("Shared-prefix scoring, SmolLM2-135M, 4 users")
-    axes.legend(title="history")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(plot, dpi=120)
     return found
 
 
@@ -440,7 +423,7 @@ def main(
         elif name == "labels":
             kept["rows"] += labels(bench)
         elif name == "growth":
-            kept["growth"] = growth(bench, out.with_suffix(".png"))
+            kept["growth"] = growth(bench)
         else:
             raise ConfigError(f"unknown row {name!r}", remedy=f"choose among {', '.join(ROWS)}")
         write_json(out, kept)
