@@ -1,4 +1,4 @@
-"""Two processes with gloo take the steps of one: the loss is normalised by the targets of both."""
+"""Two processes with gloo take the steps of one: the loss is normalised by the targets of both; resumed or not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from penchant.training.processes import make_accelerator
 from penchant.training.recipe import Recipe
 from penchant.training.recipes import cut, finetune
 
-# One start of two processes for all: the first two on an accelerator of their caller's, the third as the program.
+# One start of two processes for all: the first three on an accelerator of their caller's, the last as the program. The
+# one with a quantised base is broken off behind a checkpoint and resumed.
 ALL = """
 import gc
 import sys
@@ -28,7 +29,8 @@ from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 from penchant.cli.recipe import program
 from penchant.data.dataset import Dataset
-from penchant.training.config import ContrastiveConfig, PreferenceConfig
+from penchant.training.config import ContrastiveConfig, NextItemConfig, PreferenceConfig
+from penchant.training.loop import Loop
 from penchant.training.processes import make_accelerator
 from penchant.training.recipes import finetune
 
@@ -48,6 +50,22 @@ assert accelerator.num_processes == 2
 finetune("preference", config, data, root / "preference-2", accelerator=accelerator)
 config = ContrastiveConfig.model_validate_json((root / "contrastive.json").read_text())
 finetune("contrastive", config, data, root / "contrastive-2", accelerator=accelerator)
+config = NextItemConfig.model_validate_json((root / "quantised.json").read_text())
+keep = Loop._checkpoint
+
+def keep_and_break(loop, step, **more):
+    keep(loop, step, **more)
+    if step == 2:
+        raise KeyboardInterrupt
+
+Loop._checkpoint = keep_and_break
+try:
+    finetune("next_item", config, data, root / "quantised-2", accelerator=accelerator)
+except KeyboardInterrupt:
+    Loop._checkpoint = keep
+else:
+    raise AssertionError("it was not broken off")
+finetune("next_item", config, data, root / "quantised-2", accelerator=accelerator, resume=True)
 program("next_item")
 """
 
@@ -62,7 +80,9 @@ def test_two_processes_take_the_steps_of_one(toy: Dataset, byte_folder: Path, tm
     )
     contrastive = settings(byte_folder, ContrastiveConfig, **shared, hard=2, targets_per_user=2)
     plain = settings(byte_folder, **shared, popularity_power=0.7)
+    quantised = settings(byte_folder, **shared, quantization="nf4", checkpoint_every=2)
     toy.save(tmp_path / "data")
+    (tmp_path / "quantised.json").write_text(quantised.model_dump_json())
     (tmp_path / "preference.json").write_text(preference.model_dump_json())
     (tmp_path / "contrastive.json").write_text(contrastive.model_dump_json())
     (tmp_path / "next_item.yaml").write_text(plain.model_dump_json())
@@ -81,12 +101,18 @@ def test_two_processes_take_the_steps_of_one(toy: Dataset, byte_folder: Path, tm
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if line == "next_item-2"] == ["next_item-2"], "said once"
     assert done.stdout.count("best at step") == 1
-    for name, config in (("preference", preference), ("contrastive", contrastive), ("next_item", plain)):
+    all_of_them = (
+        ("preference", "preference", preference),
+        ("contrastive", "contrastive", contrastive),
+        ("quantised", "next_item", quantised),
+        ("next_item", "next_item", plain),
+    )
+    for name, recipe, config in all_of_them:
         one, two = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
-        rows = Recipe(name, config, cut(toy, config)).rows()
+        rows = Recipe(recipe, config, cut(toy, config)).rows()
         plan = Plan(rows.lengths, pack_tokens=200, packs_per_step=3, seed=config.seed)
         assert any(len(plan.step(s)) % 2 for s in range(plan.steps_per_epoch)), "the share is uneven"
-        finetune(name, config, toy, one, accelerator=make_accelerator(config, one))
+        finetune(recipe, config, toy, one, accelerator=make_accelerator(config, one))
         assert len(losses_of(one)) >= 6
         assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5), name
         for key in ("examples", "targets", "tokens"):
