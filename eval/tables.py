@@ -4,10 +4,9 @@ python eval/tables.py            # rewrites README.md
 python eval/tables.py --check    # exits 1 where the README is not what the results say
 
 First stands what the LLM adds to IDs, and its cost. A task has two blocks: every system on all targets, and on the
-LLM's sample its own rows with the best of the others (all of them are in results/TASK.md). Above them stands what
-every table must say: that leave-last-out leaks time, and that candidates were sampled. A number is the mean over the
-seeds, in brackets the first seed's 95% interval over users, behind ± the deviation between seeds where there are
-several.
+LLM's sample its own rows with the best of the others (all of them are in results/TASK.md). Above them stands what every
+table must say: that leave-last-out leaks time, how many targets only the order of items in a tie decided, that
+candidates were sampled, and how to make it again.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from penchant.evaluation.spread import plain, row_key
+from penchant.evaluation.tasks import load_task
 from penchant.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,8 +27,15 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 _WHOLE = ("encoder: ids + text", "llm+interest")
 _STAGE = ("llm", "encoder: ids + text", "the candidates in random order")
 # Notes of a report without which no table is to be read.
-_SAID = ("ranked among sampled candidates only", "leave-last-out: whatever is trained on all users")
+_SAID = ("a tie in time decided", "ranked among sampled candidates only", "leave-last-out: whatever is trained")
+LLM = "llm yes_no"  # as eval/tallrec.py calls the LLM, alone or in a name
 METRICS = ("Recall@10", "NDCG@10")
+_LEGEND = (
+    "A number is the mean over the seeds, ± their standard deviation; brackets reach from the lowest to the highest "
+    "bound of the seeds' 95% intervals over users. Differences are paired, and their brackets are alike; behind them "
+    "stands each seed's p of a permutation test, corrected for all comparisons of its table (Holm).",
+    "",
+)
 
 
 def block(result: dict[str, Any]) -> list[str]:
@@ -36,15 +43,17 @@ def block(result: dict[str, Any]) -> list[str]:
     first = result["runs"][0]
     seeds = len(result["runs"])
     lines = [f"### {result['task']}", "", f"{result['about']}. {seeds} {'seed' if seeds == 1 else 'seeds'}.", ""]
-    said = [note for note in first["notes"] if note.startswith(_SAID)]
+    said = [note for note in first["notes"] if any(part in note for part in _SAID)]
     lines += [f"True of every table here: {'; '.join(said)}.", ""] if said else []
+    lines += [_made_by(result), ""]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in first["rows"]:
         groups.setdefault(row["group"], []).append(row)
     between = {row_key(row): row["metrics"] for row in result["spread"]}
     for group, rows in groups.items():
         if rows[0]["difference"]:
-            lines += [*(_difference(group, row) for row in rows if row["system"].startswith(_WHOLE)), ""]
+            shown = [row["system"] for row in rows if row["system"].startswith(_WHOLE)]
+            lines += [*(f"- {plain(group)}: {_difference(result['runs'], group, system)}" for system in shown), ""]
             continue
         lines += [f"| {group} | {' | '.join(METRICS)} |", "|---|---|---|"]
 
@@ -59,9 +68,9 @@ def block(result: dict[str, Any]) -> list[str]:
             ranked = [row for row in ranked if row["system"].startswith(_STAGE) or row is others[0]]
         for row in ranked:
             spread = between.get((plain(group), plain(row["system"])), {})
-            name = row["system"] if seeds == 1 else plain(row["system"])
-            cells = " | ".join(_cell(row["metrics"][name], spread.get(name)) for name in METRICS)
-            lines.append(f"| {name} | {cells} |")
+            made = [other for run in result["runs"] for other in run["rows"] if row_key(other) == row_key(row)]
+            cells = (_cell([one["metrics"][name] for one in made], spread.get(name)) for name in METRICS)
+            lines.append(f"| {row['system'] if seeds == 1 else plain(row['system'])} | {' | '.join(cells)} |")
         lines.append("")
     if first["published"]:
         lines += ["| published, the protocol as said | " + " | ".join(METRICS) + " |", "|---|---|---|"]
@@ -70,6 +79,17 @@ def block(result: dict[str, Any]) -> list[str]:
             lines.append(f"| {one['system']}: {one['source']}; {one['protocol']} | {cells} |")
         lines.append("")
     return lines
+
+
+def _made_by(result: dict[str, Any]) -> str:
+    """The command that makes a task's results, and whether it would make these: its version may be a later one."""
+    version, now = result["version"], load_task(result["task"]).version
+    since = "" if version == now else f"; it is version {now} now, and these numbers wait to be made again"
+    changed = ", and changes" if result["changed"] else ""
+    return (
+        f"Made by `python eval/benchmark.py {result['task']} --data-dir data --out eval/results` at commit "
+        f"{result['commit'][:7]}{changed} (version {version} of the task{since})."
+    )
 
 
 def added(found: list[dict[str, Any]]) -> list[str]:
@@ -92,10 +112,9 @@ def added(found: list[dict[str, Any]]) -> list[str]:
     return [
         "### what the LLM adds, and what it costs",
         "",
-        "NDCG@10 on all targets of the encoder with IDs alone, with the LLM's vectors of texts alone, and with both. A "
-        "paired difference is the mean over the seeds; its brackets reach from the lowest to the highest bound of the "
-        "seeds' 95% intervals. Vectors are made once for a catalogue; the LLM that orders the retrieved candidates is "
-        "asked for each user. Seconds are of the first seed's run, both on the same machine.",
+        "NDCG@10 on all targets of the encoder with IDs alone, with the LLM's vectors of texts alone, and with both; "
+        "then paired differences. Vectors are made once for a catalogue; the LLM that orders the retrieved candidates "
+        "is asked for each user (of a sample, where its table below says so). Seconds are of the first seed's run.",
         "",
         "| data | IDs | text | IDs + text | text beside IDs adds | the LLM's order behind both adds | encoder, "
         "s per 1,000 users | LLM, s per 1,000 users |",
@@ -117,25 +136,30 @@ def _gain(runs: list[dict[str, Any]], system: str) -> str:
     own = [row["metrics"]["NDCG@10"] for row in rows if row is not None]
     if not own or len(own) < len(runs):
         return ""
-    mean, low, high = (
-        sum(one["mean"] for one in own) / len(own),
-        min(o["low"] for o in own),
-        max(o["high"] for o in own),
-    )
-    return _signed({"mean": mean, "low": low, "high": high})
+    return _over_seeds(own)
 
 
-def _cell(own: dict[str, Any], spread: dict[str, Any] | None) -> str:
-    several = spread is not None and spread["sd"] is not None
-    mean = spread["mean"] if several and spread is not None else own["mean"]
-    deviation = f" ± {_number(spread['sd'])}" if several and spread is not None and spread["sd"] > 1e-9 else ""
-    return f"{_number(mean)}{deviation} [{_number(own['low'])}, {_number(own['high'])}]"
+def _over_seeds(found: list[dict[str, Any]]) -> str:
+    """The mean, between the lowest and the highest bound."""
+    mean = sum(one["mean"] for one in found) / len(found)
+    return _signed({"mean": mean, "low": min(one["low"] for one in found), "high": max(one["high"] for one in found)})
 
 
-def _difference(group: str, row: dict[str, Any]) -> str:
-    found = row["metrics"]["NDCG@10"]
-    p = "" if row["p"] is None else f", p {row['p']:.2g}"
-    return f"- {group}: {row['system']}: NDCG@10 {found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]{p}"
+def _cell(own: list[dict[str, Any]], spread: dict[str, Any] | None) -> str:
+    """A system's metric with every seed: mean, deviation where there is one, and the widest of its intervals."""
+    mean = sum(one["mean"] for one in own) / len(own)
+    sd = spread["sd"] if spread is not None else None
+    deviation = f" ± {_number(sd)}" if sd is not None and sd > 1e-9 else ""
+    return f"{_number(mean)}{deviation} [{_number(min(o['low'] for o in own))}, {_number(max(o['high'] for o in own))}]"
+
+
+def _difference(runs: list[dict[str, Any]], group: str, system: str) -> str:
+    """Of all seeds that have it: another seed's best baseline may be another one."""
+    rows = [row for run in runs for row in run["rows"] if row_key(row) == row_key({"group": group, "system": system})]
+    p = [f"{row['p']:.2g}" for row in rows if row["p"] is not None]
+    seeds = "" if len(rows) == len(runs) else f" ({len(rows)} of {len(runs)} seeds)"
+    said = f", p {', '.join(p)}" if p else ""
+    return f"{plain(system)}{seeds}: NDCG@10 {_over_seeds([row['metrics']['NDCG@10'] for row in rows])}{said}"
 
 
 def _number(value: float | None) -> str:
@@ -171,16 +195,27 @@ _WAYS = ("llm, calibration from validation", "fused")
 def tallrec(run: dict[str, Any]) -> list[str]:
     """AUC of yes or no after training on few examples (eval/tallrec.py), beside what needs no LLM and the published."""
     labels = list(run["auc"])
-    plain = ("untuned", *(f"{label} examples" for label in labels if label != "untuned"))
+    columns = ("untuned", *(f"{label} examples" for label in labels if label != "untuned"))
+    first = run["runs"][0]
     lines = [
         "### tallrec-movie",
         "",
-        "AUC on TALLRec's 1,000 test rows; mean over seeds, and the range between them.",
+        f"AUC on TALLRec's {first['n_test']:,} test rows, which are {first['systems'][LLM]['AUC']['n']} users'; mean "
+        "over the seeds, brackets as above. What reads items' shares of likes has them from all of TALLRec's training "
+        "rows, and beside the LLM its weights from 200 validation rows, whatever the LLM was trained on.",
         "",
+        f"Made by `{run['command']}` at commit {run['commit'][:7]}.",
+        "",
+        f"| system | {' | '.join(columns)} |",
+        "|---|" + "---|" * len(labels),
     ]
-    lines += [f"| system | {' | '.join(plain)} |", "|---|" + "---|" * len(labels)]
-    for system in run["auc"][labels[0]]:
-        cells = [_spread(run["auc"][label][system]) for label in labels]
+    for system in first["systems"]:
+        cells = [
+            _cell([one["systems"][system]["AUC"] for one in run["runs"] if one["examples"] == label], of[system])
+            for label, of in run["auc"].items()
+        ]
+        if LLM not in system:  # the same whatever the LLM was trained on
+            cells[1:] = [""] * (len(cells) - 1)
         lines.append(f"| {system} | {' | '.join(cells)} |")
     lines += ["", "| published | AUC |", "|---|---|"]
     lines += [f"| {one['system']}: {one['source']} | {_number(one['metrics']['AUC'])} |" for one in run["published"]]
@@ -195,15 +230,10 @@ def _signed(found: dict[str, Any]) -> str:
     return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
 
 
-def _spread(found: dict[str, Any]) -> str:
-    same = found["max"] - found["min"] < 5e-5
-    return _number(found["mean"]) + ("" if same else f" ({_number(found['min'])} to {_number(found['max'])})")
-
-
 def tables(results: Path) -> str:
     """All whose results are there."""
     tasks = [read_json(path) for path in (results / f"{task}.json" for task in TASKS) if path.is_file()]
-    lines = added(tasks)
+    lines = [*_LEGEND, *added(tasks)]
     for result in tasks:
         lines += block(result)
     found = {

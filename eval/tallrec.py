@@ -1,13 +1,14 @@
 """TALLRec's few-shot protocol: AUC on its test examples after training on 16, 64, 256 or all of its training examples.
 
-    python eval/tallrec.py --data-dir data --size 16 --size 64 --size 256 --size 0 --seeds 3 \
-        --work runs/tallrec --out eval/results/tallrec-movie.json
+    python eval/tallrec.py --data-dir data --size 16 --size 64 --size 256 --size 0 --seeds 3 --epochs 20 \
+        --max-minutes 10 --work runs/tallrec --out eval/results/tallrec-movie.json
 
 Examples are drawn by seed from the task's training rows (eval/tasks/tallrec-movie.yaml). Of four points of a run (every
 quarter of its steps) the one with the best AUC on 200 of its validation rows (or --eval-users, if more) is
 kept. Its test rows are scored once a run: log p(Yes) - log p(No) in one forward a row. Beside it stands what needs no
 LLM (the user's share of likes; with all training rows' histories and answers also the item's), and both together. What
-is published stands in the task. What is measured is kept in --work.
+is published stands in the task. What is measured is kept in --work, and made again where settings, data or model are
+others.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
+from penchant import __version__
 from penchant.environment import commit_of, environment
 from penchant.errors import ConfigError
 from penchant.evaluation.readers import YesNo, YesNoRow, folder_of, read_yes_no
+from penchant.evaluation.statistics import Spread
+from penchant.evaluation.store import key_of
 from penchant.evaluation.tasks import load_task
 from penchant.evaluation.yes_no import answer_margins, weighed_on, yes_no_report
 from penchant.files import read_json, sha256_file, write_json
@@ -56,14 +59,18 @@ def main(
     base = base.model_copy(update={"examples": str(folder / data.train), "valid_examples": str(folder / data.valid)})
     test, train, valid = (read_yes_no(data, part, data_dir) for part in ("test", "train", "valid"))
     parts = test, train, weighed_on(valid, 0)
+    files = {name: sha256_file(folder / name) for name in (data.train, data.valid, data.test)}
+    told = {"examples", "valid_examples"}  # paths: their content is in files
     runs = []
     for n in [None, *size]:
         for seed in range(seeds if n is not None else 1):
             settings = base.model_copy(update={"max_rows": n or None, "seed": seed})
             label = "untuned" if n is None else "all" if n == 0 else str(n)
-            kept = work / f"{label}-{seed}.json"
+            key = key_of(settings=settings.model_dump(mode="json", exclude=told), files=files, version=__version__)
+            name = f"{label}-{seed}-{key[:12]}"
+            kept = work / f"{name}.json"
             if not kept.is_file():
-                write_json(kept, _run(settings, *parts, work / f"{label}-{seed}", tune=n is not None))
+                write_json(kept, _run(settings, *parts, work / name, tune=n is not None))
             runs.append({"examples": label, "seed": seed, **read_json(kept)})
             typer.echo(runs[-1])
     summary = {
@@ -76,11 +83,20 @@ def main(
     write_json(
         out,
         {
+            "command": " ".join(
+                [
+                    "python eval/tallrec.py --data-dir data",
+                    *(f"--size {n}" for n in size),
+                    f"--seeds {seeds}",
+                    *context.args,
+                    "--work runs/tallrec --out eval/results/tallrec-movie.json",
+                ]
+            ),
             "auc": summary,
             "published": [one.model_dump(mode="json") for one in task.published],
             "runs": runs,
-            "settings": base.model_dump(mode="json", exclude={"examples", "valid_examples"}),
-            "files": {name: sha256_file(folder / name) for name in (data.train, data.valid, data.test)},
+            "settings": base.model_dump(mode="json", exclude=told),
+            "files": files,
             **commit_of(Path(__file__).resolve().parent),
             "environment": environment(),
         },
@@ -121,13 +137,9 @@ def _run(
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        "mean": round(float(np.mean(values)), 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
-        "seeds": len(values),
-    }
+def _spread(values: list[float]) -> dict[str, float | int | None]:
+    found = asdict(Spread.of(values))
+    return found if len(values) > 1 else found | {"sd": None}
 
 
 if __name__ == "__main__":

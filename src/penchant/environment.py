@@ -34,11 +34,16 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions, for every number that is kept."""
+    """Machine and versions, for every number that is kept.
+
+    ``cores_allowed`` are those that this process may run on, ``threads`` what OMP_NUM_THREADS says (None: nothing).
+    """
     return {
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "cores_allowed": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
         "python": platform.python_version(),
         "system": platform.system(),
         "versions": versions(),

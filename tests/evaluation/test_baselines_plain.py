@@ -22,7 +22,7 @@ from penchant.evaluation.baselines import item_knn as item_knn_module
 from penchant.evaluation.baselines import popularities_that_flatter
 from penchant.evaluation.baselines.bm25 import BM25Config, fit_bm25
 from penchant.evaluation.baselines.ease import EASEConfig, fit_ease
-from penchant.evaluation.baselines.events import TrainingEvents, multi_hot
+from penchant.evaluation.baselines.events import TrainingEvents, fading
 from penchant.evaluation.baselines.item_knn import ItemKNNConfig, fit_item_knn
 from penchant.evaluation.baselines.nearest import NearestConfig, fit_nearest
 from penchant.evaluation.baselines.popularity import fit_popularity
@@ -239,21 +239,42 @@ def test_nearest_refuses_vectors_of_another_catalogue() -> None:
 # -- ItemKNN -----------------------------------------------------------------------------------
 
 
+def weights(history: list[int], decay: float) -> dict[int, float]:
+    """What each item of a history weighs: its newest event counts, by how many came after it."""
+    return {item: decay ** (len(history) - 1 - at) for at, item in enumerate(history)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    histories=st.lists(st.lists(st.integers(0, 4), max_size=7), max_size=5), decay=st.floats(0.1, 1, exclude_min=True)
+)
+def test_a_fading_history_weighs_each_items_newest_event(histories: list[list[int]], decay: float) -> None:
+    got = fading([np.array(h, dtype=np.int32) for h in histories], 5, decay)
+    assert got.dtype == np.float32
+    expected = np.zeros((len(histories), 5))
+    for row, history in enumerate(histories):
+        for item, weight in weights(history, decay).items():
+            expected[row, item] = weight
+    np.testing.assert_allclose(got.toarray(), expected, rtol=1e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     k=st.sampled_from([1, 3, 50]),
     shrinkage=st.sampled_from([0.0, 5.0]),
     last=st.sampled_from([None, 2]),
+    decay=st.sampled_from([1.0, 0.5]),
 )
-def test_item_knn_is_its_formula(seed: int, k: int, shrinkage: float, last: int | None) -> None:
+def test_item_knn_is_its_formula(seed: int, k: int, shrinkage: float, last: int | None, decay: float) -> None:
     events, x = random_events(seed)
     n = x.shape[1]
     history = [0, 3, 5, 3]
-    got = fit_item_knn(events, ItemKNNConfig(neighbours=k, shrinkage=shrinkage, last=last)).scores(queries(history))[0]
+    config = ItemKNNConfig(neighbours=k, shrinkage=shrinkage, last=last, decay=decay)
+    got = fit_item_knn(events, config).scores(queries(history))[0]
     expected = np.zeros(n)
     users = x.sum(axis=0, dtype=np.float32)
-    for i in set(history if last is None else history[-last:]):
+    for i, weight in weights(history if last is None else history[-last:], decay).items():
         # In float32 as it is computed: 2 / sqrt(12) and 1 / sqrt(3) are equal on paper and may be none here.
         similar = np.zeros(n, dtype=np.float32)
         for j in range(n):
@@ -261,7 +282,7 @@ def test_item_knn_is_its_formula(seed: int, k: int, shrinkage: float, last: int 
                 both = np.float32((x[:, i] * x[:, j]).sum())
                 similar[j] = both / (np.sqrt(users[i] * users[j]) + np.float32(shrinkage))
         for j in sorted(range(n), key=lambda j: (-similar[j], j))[:k]:
-            expected[j] += similar[j]
+            expected[j] += weight * similar[j]
     spoken = expected > 0
     np.testing.assert_allclose(got[spoken], expected[spoken], rtol=1e-4)
     # What nothing speaks for: behind, by popularity, the cold item last.
@@ -282,15 +303,23 @@ def test_item_knn_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), ridge=st.sampled_from([0.5, 20.0]), last=st.sampled_from([None, 2]))
-def test_ease_is_its_formula(seed: int, ridge: float, last: int | None) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    ridge=st.sampled_from([0.5, 20.0]),
+    last=st.sampled_from([None, 2]),
+    decay=st.sampled_from([1.0, 0.5]),
+)
+def test_ease_is_its_formula(seed: int, ridge: float, last: int | None, decay: float) -> None:
     events, x = random_events(seed)
     p = np.linalg.inv(x.T @ x + ridge * np.eye(x.shape[1]))
     b = -p / np.diag(p)
     np.fill_diagonal(b, 0)
     histories = [[0, 3, 5, 3], [7]]
-    got = fit_ease(events, EASEConfig(ridge=ridge, last=last)).scores(queries(*histories))
-    x_new = multi_hot([np.array(h if last is None else h[-last:]) for h in histories], x.shape[1]).toarray()
+    got = fit_ease(events, EASEConfig(ridge=ridge, last=last, decay=decay)).scores(queries(*histories))
+    x_new = np.zeros((2, x.shape[1]))
+    for row, history in enumerate(histories):
+        for i, weight in weights(history if last is None else history[-last:], decay).items():
+            x_new[row, i] = weight
     warm = events.counts > 0
     np.testing.assert_allclose(got[:, warm], (x_new @ b)[:, warm], rtol=1e-3, atol=1e-5)
     assert np.isneginf(got[:, ~warm]).all()

@@ -17,7 +17,7 @@ from tests.fake_engine import FakeEngine
 from penchant.data.history import Targets
 from penchant.data.split import Split
 from penchant.errors import ConfigError
-from penchant.evaluation.baselines import Baselines, Budget, Grids, Name, Validation, fit_baselines
+from penchant.evaluation.baselines import Baselines, Budget, FittedSystem, Grids, Name, Validation, fit_baselines
 from penchant.evaluation.baselines import fit as module
 from penchant.evaluation.baselines import tune as tune_module
 from penchant.evaluation.baselines.bm25 import BM25Config
@@ -232,7 +232,8 @@ def test_one_call_gives_them_all(split: Split) -> None:
     assert [f.targets for f in made] == [len(split.valid)] * (len(made) - 1) + [5]
     asked = Queries.of(split.test).take(range(3))
     for fitted in made:
-        assert 1 <= len(fitted.trials) <= 2
+        # Two of what is dear; of the cheap the whole grid, in the same seconds.
+        assert len(fitted.trials) == (min(2, fitted.offered) if fitted.name in module.DEAR else fitted.offered)
         assert fitted.chosen.valid_ndcg == max(t.valid_ndcg for t in fitted.trials)
         scores = fitted.system.scores(asked)
         assert scores.shape == (3, split.log.n_items)
@@ -277,10 +278,28 @@ def test_the_order_is_that_of_the_names_whatever_was_asked(split: Split) -> None
     assert len(made) == 2
 
 
-def test_no_grid_outgrows_the_default_budget_or_says_one_thing_twice() -> None:
+def test_no_tuning_is_none_of_the_cheap_either(split: Split) -> None:
+    for fitted in fit_baselines(split, which=["item_knn", "ease"], budget=Budget(trials=1)):
+        assert len(fitted.trials) == 1 < fitted.offered
+
+
+def test_no_grid_of_a_dear_one_outgrows_the_default_budget_or_says_one_thing_twice() -> None:
     for name, configs in vars(Grids()).items():
-        assert 2 <= len(configs) <= Budget().trials, name
+        assert 2 <= len(configs) <= (Budget().trials if name in module.DEAR else 30), name
         assert len({c.model_dump_json() for c in configs}) == len(configs)
+
+
+@pytest.mark.parametrize("name", ["item_knn", "ease"])
+def test_a_fit_asked_with_another_decay_is_as_one_fitted_so(split: Split, name: Name) -> None:
+    kind: Any = {"item_knn": ItemKNNConfig, "ease": EASEConfig}[name]
+
+    def fitted(*decays: float) -> FittedSystem:
+        return fit_baselines(split, which=[name], grids=Grids(**{name: [kind(decay=decay) for decay in decays]}))[0]
+
+    both, one, two = fitted(1.0, 0.3), fitted(1.0), fitted(0.3)
+    assert [t.valid_ndcg for t in both.trials] == [one.chosen.valid_ndcg, two.chosen.valid_ndcg]
+    assert one.chosen.valid_ndcg != two.chosen.valid_ndcg
+    assert both.trials[0].fit_seconds == both.trials[1].fit_seconds, "it was fitted once"
 
 
 def test_a_fit_asked_with_another_last_is_as_one_fitted_so(split: Split) -> None:

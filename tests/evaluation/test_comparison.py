@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.fake_engine import FakeEngine
 from penchant.errors import ConfigError, DataError
 from penchant.evaluation import comparison as module
 from penchant.evaluation import prepared
+from penchant.evaluation.baselines import Grids
+from penchant.evaluation.baselines.item_knn import ItemKNNConfig
 from penchant.evaluation.baselines.sasrec import SASRec
 from penchant.evaluation.comparison import BOTH, Comparison
 from penchant.evaluation.ranking import Ranked, rank_targets
@@ -263,6 +266,34 @@ def test_changed_data_or_version_are_run_anew(data: Path, monkeypatch: pytest.Mo
     assert fitted(data, ["popularity"], same) == []
 
 
+def test_a_cheap_baseline_whose_grid_is_another_is_made_anew(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    systems = ["popularity", "item_knn", "ease", "sasrec"]
+    fitted(data, systems)
+    monkeypatch.setattr(module, "Grids", partial(Grids, item_knn=[ItemKNNConfig(last=2)]))
+    assert fitted(data, systems) == ["item_knn 0"]
+
+
+def test_the_llm_is_asked_of_the_same_targets_with_every_seed(data: Path) -> None:
+    runs = comparison(data, [BOTH, "popularity", "full"], task(seeds=[4, 3])).run()["runs"]
+    found = []
+    for run in runs:
+        rows = [row for row in run["rows"] if row["group"].startswith("the same 8 of them (seed 4)")]
+        found.append({row["system"]: row["metrics"]["NDCG@10"] for row in rows})
+    assert found[0]["popularity"] == found[1]["popularity"]
+    assert found[0][BOTH] != found[1][BOTH], "the encoder is the seed's"
+    assert [run["settings"]["seed"] for run in runs] == [4, 3]
+
+
+def test_several_targets_of_a_user_are_said(data: Path) -> None:
+    made = task(split={"kind": "global-time", "options": {"test_share": 0.5}}, llm_users=0)
+    one = comparison(data, ["popularity", BOTH], made)
+    (run,) = one.run()["runs"]
+    targets = one.asked.targets
+    users = len(set(targets.user.tolist()))
+    assert users < len(targets)
+    assert run["rows"][0]["group"].startswith(f"all {len(targets)} test targets of {users} users, whole catalogue")
+
+
 def test_a_torn_file_is_made_again(data: Path) -> None:
     fitted(data, ["popularity"])
     stored = data / "results/toy/popularity-seed0.npz"
@@ -395,7 +426,7 @@ def test_the_full_model_is_the_encoder_that_validation_chose(data: Path) -> None
     weights = weights_of(one, BOTH)
     encoder = InterestEncoder.load(weights, config, one.split.log.n_items, one.vectors)
     system = SASRec(encoder, encoder.item_matrix(), np.ones(16, np.float32), "again")
-    again = one.asked.protocol(made, 0).rank(system, one.asked.targets)
+    again = one.asked.protocol(made).rank(system, one.asked.targets)
     np.testing.assert_array_equal(again.rank, stored.ranked.rank)
     # Weights that are not those it was ranked with are made again.
     weights.write_bytes(weights.read_bytes()[:-8] + b"12345678")

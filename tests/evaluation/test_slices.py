@@ -12,7 +12,15 @@ from tests.conftest import SHARED_DATA, toy_frames
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, global_time, leave_last_out
 from penchant.errors import ConfigError, DataError
-from penchant.evaluation.slices import Slice, by_coldness, by_history_length, by_popularity, by_values, slices
+from penchant.evaluation.slices import (
+    Slice,
+    by_coldness,
+    by_history_length,
+    by_order,
+    by_popularity,
+    by_values,
+    slices,
+)
 
 
 def masks(found: list[Slice]) -> dict[str, list[bool]]:
@@ -63,6 +71,24 @@ def test_cold_items_have_no_training_event(split: Split) -> None:
     cold = [int(i) not in trained for i in split.test.item]
     assert any(cold)
     assert found == {"cold items (no training event)": cold, "warm items": [not c for c in cold]}
+
+
+def test_a_tie_with_the_event_before_is_told_apart() -> None:
+    times = {"a": [10, 20, 30, 30], "b": [10, 20, 20, 40], "c": [10, 20, 30, 40], "d": [30, 30, 30, 30]}
+    rows = [(user, str(i), 1_000_000 + t) for user, own in times.items() for i, t in enumerate(own)]
+    interactions = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    items = pl.DataFrame({"item_id": ["0", "1", "2", "3"], "title": ["p", "q", "r", "s"]})
+    split = leave_last_out(Dataset.read(interactions, items))
+    tied, later = by_order(split.test)
+    assert (tied.value, tied.mask.tolist()) == (
+        "tied with the event before (ordered by item)",
+        [True, False, False, True],
+    )
+    np.testing.assert_array_equal(later.mask, ~tied.mask)
+    # The first event of a user has none before it, whatever the user before ended with.
+    first = type(split.test)(split.log, split.log.start[:4])
+    assert by_order(first) == []
+    assert [s.name for s in slices(split, split.test) if s.name == "time"] == ["time", "time"]
 
 
 def test_head_middle_and_tail_by_hand() -> None:

@@ -175,7 +175,7 @@ def _asked(
         )
     asked = asked_of(task, model.split, data_dir)
     published = [one.model_dump(mode="json") for one in task.published]
-    return asked.targets, asked.protocol(task, task.seeds[0]), published
+    return asked.targets, asked.protocol(task), published
 
 
 def _yes_no_task(name: str) -> Task | None:

@@ -22,6 +22,7 @@ from penchant.data.provenance import LeakCheck
 from penchant.environment import environment
 from penchant.errors import ConfigError
 from penchant.evaluation.baselines import (
+    DEAR,
     NAMES,
     FittedSystem,
     Grids,
@@ -134,6 +135,8 @@ class Comparison(Prepared):
         model = self.engine.fingerprint if name in _NEED_VECTORS else None
         text = self.templates.hash() if name in {*_NEED_VECTORS, "bm25"} else None
         parts = {"task": task, "data": self.split.dataset.content_hash, "version": __version__}
+        if name in NAMES and name not in DEAR:
+            more["grid"] = [config.model_dump(mode="json") for config in getattr(Grids(), name, ())]
         return key_of(**parts, system=name, seed=seed, model=model, templates=text, **more)
 
     # -- one system --------------------------------------------------------------------------------
@@ -160,7 +163,7 @@ class Comparison(Prepared):
         else:
             fitted = self._fit(name, seed, chosen)
             system, record = fitted.system, {"fit": fitted.to_dict()}
-        ranked = self.asked.protocol(self.task, seed).rank(system, self.asked.targets, self.stages)
+        ranked = self.asked.protocol(self.task).rank(system, self.asked.targets, self.stages)
         record |= {"seed": seed, "origin": record.get("origin", {}) | origin(self.stamp, time.perf_counter() - begun)}
         self.origins[name, seed] = record["origin"]
         made = Finished(ranked, record)
@@ -240,7 +243,7 @@ class Comparison(Prepared):
         """The seed's whole table as a dict, the full model's LLM stage included; stored too."""
         made = {name: self.finished(name, seed) for name in self.systems if name != FULL}
         done = {name: one for name, one in made.items() if one is not None}
-        protocol = self.asked.protocol(self.task, seed)
+        protocol = self.asked.protocol(self.task)
         full = BOTH in done and FULL in self.systems and self._time_left(f"the full model, seed {seed}")
         kind = FULL if full else "table"
         parts = {name: one.record["fit"] for name, one in done.items()}
@@ -289,7 +292,8 @@ class Comparison(Prepared):
         report.published.extend(one.model_dump(mode="json") for one in self.task.published)
         tuned = self.task.budget.trials > 1
         report.notes.append(
-            f"tuned on validation NDCG@10, each system {self.task.budget.of()}, ours too"
+            f"tuned on validation NDCG@10, each system {self.task.budget.of()}, ours too; those that are fitted at "
+            "once may spend these seconds on their whole grid"
             if tuned
             else "each system with the task's settings, untuned (a budget of 1 configuration)"
         )
@@ -325,6 +329,10 @@ class Comparison(Prepared):
             f"the LLM's weight was chosen on {model.fusion.n_found:,} validation users whose target was retrieved, of "
             f"{model.fusion.n_users:,} drawn, besides the encoder's budget"
         )
+        if self.task.seen_last is not None or self.asked.candidates is not None:
+            report.notes.append(
+                "it was chosen on retrieved candidates with all seen items masked, whatever the test has"
+            )
         if self.load_ranker is not None:
             report.notes.append(f"the LLM that ranks is an adapter: {described(self.ranker.source)}")
         report.seconds.update({name: round(value, 2) for name, value in model.seconds.items()})

@@ -1,4 +1,4 @@
-"""Groups of targets that an average hides: short histories, unseen items, the tail, and any column of the data.
+"""Groups of targets that an average hides: short histories, unseen items, the tail, ties, any column of the data.
 
 Each family of slices says of every target where it belongs, by what was known before it and by the answer;
 a system is shown neither. Slices without a target are left out.
@@ -47,7 +47,7 @@ def slices(
     max_values: int = 10,
     separator: str = "|",
 ) -> list[Slice]:
-    """History length, item coldness and popularity, then the columns asked for, in that order.
+    """History length, item coldness, popularity and ties in time, then the columns asked for, in that order.
 
     ``users`` is a table with USER and the ``user_columns``, for a Dataset holds none. A column of numbers with more
     than ``max_values`` different ones is cut into quartiles of the targets; one of texts with ``separator`` in them,
@@ -56,7 +56,12 @@ def slices(
     """
     if max_values < 1:
         raise ConfigError(f"max_values is {max_values}", where="slices", remedy="give 1 or more")
-    out = [*by_history_length(targets), *by_coldness(split, targets), *by_popularity(split, targets)]
+    out = [
+        *by_history_length(targets),
+        *by_coldness(split, targets),
+        *by_popularity(split, targets),
+        *by_order(targets),
+    ]
     for column in item_columns:
         values = _column(split.dataset.items, column, "items")[targets.item]
         out += by_values(f"item {column}", values, max_values=max_values, separator=separator)
@@ -96,6 +101,18 @@ def by_popularity(split: Split, targets: Targets) -> list[Slice]:
     warm = counts[targets.item] > 0
     masks = [(value, warm & (third[targets.item] == i)) for i, value in enumerate(("head", "middle", "tail"))]
     return _filled("item popularity", masks)
+
+
+def by_order(targets: Targets) -> list[Slice]:
+    """By whether a target has the time of the event before it: then their items' order alone said which is the target.
+
+    Who reads sequences can learn that order, which no real user follows. Nothing where no target is tied.
+    """
+    log, at = targets.log, targets.position
+    tied = (at > log.start[targets.user]) & (log.time[at] == log.time[np.maximum(at - 1, 0)])
+    if not tied.any():
+        return []
+    return _filled("time", [("tied with the event before (ordered by item)", tied), ("later than any before", ~tied)])
 
 
 # -- any column ------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Candidates(_Part):
 
 
 class BudgetTask(_Part):
-    """What each system may spend on tuning."""
+    """What each system may spend on tuning; those that are fitted at once may try their whole grid in the seconds."""
 
     trials: int = Field(default=8, ge=1)
     seconds: float = Field(default=600.0, gt=0)
@@ -154,13 +154,13 @@ class Asked:
     targets: Targets
     candidates: NDArray[np.int32] | None
 
-    def protocol(self, task: Task, seed: int) -> Protocol:
-        """How these targets are ranked and averaged."""
+    def protocol(self, task: Task) -> Protocol:
+        """How these targets are ranked and averaged: whatever the seed, the LLM is asked of the same ones."""
         return Protocol(
             k=task.k,
             llm_users=task.llm_users,
             llm_found_only=task.llm_found_only,
-            seed=seed,
+            seed=task.seeds[0],
             average=task.average,
             seen=task.seen,
             seen_last=task.seen_last,

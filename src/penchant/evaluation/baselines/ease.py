@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.linalg import lapack
 
 from penchant.errors import ConfigError, ModelError
-from penchant.evaluation.baselines.events import TrainingEvents, multi_hot, newest, popular_where_empty
+from penchant.evaluation.baselines.events import TrainingEvents, fading, newest, popular_where_empty
 from penchant.evaluation.systems import Queries
 
 # One float32 matrix of items by items is held: 40,000 of them are 6.4 GB, and LAPACK's index ends at 46,340.
@@ -25,24 +25,27 @@ class EASEConfig(BaseModel):
 
     ridge: float = Field(default=500.0, gt=0, description="lambda: weight of the L2 penalty on the item-item weights")
     last: int | None = Field(default=None, ge=1, description="newest items of the history that count; None: all")
+    decay: float = Field(default=1.0, gt=0, le=1, description="weight of an event against that of the next newer one")
 
 
 @dataclass(frozen=True, eq=False)
 class EASE:
-    """score = newest history (ones and zeros) @ B; B = -P / diag(P) outside its zero diagonal, P = (X'X + ridge)^-1.
+    """score = newest history @ B; B = -P / diag(P) outside its zero diagonal, P = (X'X + ridge)^-1.
 
-    ``inverse`` (n_items, n_items) float32 is P with its diagonal taken out into ``diagonal`` (n_items,). Popularity
-    from training for an empty history. A cold item has no weights: it scores -inf, never recommended.
+    The history is a row of ones and zeros, or fades with age. ``inverse`` (n_items, n_items) float32 is P with its
+    diagonal taken out into ``diagonal`` (n_items,). Popularity from training for an empty history. A cold item has no
+    weights: it scores -inf, never recommended.
     """
 
     inverse: NDArray[np.float32]
     diagonal: NDArray[np.float32]
     counts: NDArray[np.float32]
     last: int | None
+    decay: float = 1.0
     name: str = "EASE"
 
     def scores(self, queries: Queries) -> NDArray[np.float32]:
-        out = multi_hot(newest(queries.history, self.last), len(self.counts)) @ self.inverse
+        out = fading(newest(queries.history, self.last), len(self.counts), self.decay) @ self.inverse
         out /= -self.diagonal
         out[:, self.counts == 0] = -np.inf
         return popular_where_empty(out, queries, self.counts)
@@ -79,7 +82,7 @@ def fit_ease(events: TrainingEvents, config: EASEConfig) -> EASE:
     inverse = _mirrored(factor.T)
     diagonal = inverse.diagonal().copy()
     np.fill_diagonal(inverse, 0)
-    return EASE(inverse, diagonal, events.counts, config.last)
+    return EASE(inverse, diagonal, events.counts, config.last, config.decay)
 
 
 def _mirrored(upper: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -57,6 +57,20 @@ def multi_hot(histories: Sequence[NDArray[np.integer]], n_items: int) -> sparse.
     return rows
 
 
+def fading(histories: Sequence[NDArray[np.integer]], n_items: int, decay: float) -> sparse.csr_array:
+    """Histories as rows, (n, n_items) float32: an item's newest event weighs decay to the power of the events after it.
+
+    With a decay of 1 it is ``multi_hot``.
+    """
+    if decay == 1:
+        return multi_hot(histories, n_items)
+    kept = [np.unique(history[::-1], return_index=True) for history in histories]
+    rows = multi_hot([item for item, _ in kept], n_items)
+    ages = np.concatenate([*(age for _, age in kept), np.zeros(0, dtype=np.int64)])
+    rows.data[:] = np.power(decay, ages, dtype=np.float64)
+    return rows
+
+
 def newest(histories: Sequence[NDArray[np.int32]], n: int | None) -> list[NDArray[np.int32]]:
     """The n newest events of each history, oldest first; all of them for None."""
     return [h if n is None else h[-n:] for h in histories]

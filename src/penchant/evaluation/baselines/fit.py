@@ -25,7 +25,7 @@ from penchant.evaluation.baselines.neighbours import fit_neighbours
 from penchant.evaluation.baselines.popularity import PopularityConfig, fit_popularity
 from penchant.evaluation.baselines.recent import fit_recent
 from penchant.evaluation.baselines.sasrec import fit_sasrec
-from penchant.evaluation.baselines.tune import Budget, Config, FittedSystem, Validation, tune
+from penchant.evaluation.baselines.tune import ASKED, Budget, Config, FittedSystem, Validation, tune
 from penchant.evaluation.ranking import Seen
 from penchant.evaluation.systems import System
 from penchant.prompt import Templates
@@ -39,6 +39,8 @@ Name = Literal[
     "sasrec", "llm",
 ]  # fmt: skip
 NAMES: tuple[Name, ...] = get_args(Name)
+# What takes minutes to fit or to ask. All others try their whole grid in less than one such configuration takes.
+DEAR: frozenset[Name] = frozenset({"mult_vae", "sasrec", "llm"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,8 @@ def fit_baselines(
 ) -> Baselines:
     """Fit baselines on ``split.train``, each tuned on validation within ``budget``; the test is never looked at.
 
+    Of the cheap ones (all but Mult-VAE, SASRec and the LLM) the seconds alone are the limit, not the number of
+    configurations, unless there is to be no tuning (a budget of one).
     ``which`` names them; None makes all that can be made with what is given and installed, and notes the others.
     ``texts`` (n_items) are item texts (bm25, llm), ``vectors`` (n_items, d) standardised item vectors (nearest),
     ``engine`` an untuned LLM (llm), which ranks the candidates of ``retriever``, by default of the baseline that
@@ -113,8 +117,9 @@ def fit_baselines(
     ) -> None:
         if name in wanted:
             some = valid.sample(llm_targets, seed) if name == "llm" else valid
-            done = stages(f"tune {name}", min(budget.trials, len(configs)))
-            fitted.append(tune(name, configs, fit, some, budget, serve=serve, seed=seed, done=done))
+            paid = budget if name in DEAR else budget.whole(len(configs))
+            done = stages(f"tune {name}", min(paid.trials, len(configs)))
+            fitted.append(tune(name, configs, fit, some, paid, serve=serve, seed=seed, done=done))
 
     tuned("popularity", [PopularityConfig()], lambda config, left: fit_popularity(events))
     tuned("recent", grids.recent, lambda config, left: fit_recent(events, config))
@@ -139,8 +144,8 @@ def fit_baselines(
 
 
 def _with_last(system: Any, config: Any) -> Any:
-    """The system as fitted, but asked with another number of newest items."""
-    return replace(system, last=config.last)
+    """The system as fitted, but asked with another number of newest items, or another decay of them."""
+    return replace(system, **{name: getattr(config, name) for name in ASKED if name in type(config).model_fields})
 
 
 # What must be given, and which modules of the extra `eval` must be installed, for the baselines that need any.

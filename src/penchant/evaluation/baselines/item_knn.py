@@ -11,7 +11,7 @@ from scipy import sparse
 
 from penchant.evaluation.baselines.events import (
     TrainingEvents,
-    multi_hot,
+    fading,
     newest,
     popular_behind,
     popular_where_empty,
@@ -30,11 +30,12 @@ class ItemKNNConfig(BaseModel):
     neighbours: int = Field(default=200, ge=1, description="most similar items kept for each item")
     shrinkage: float = Field(default=10.0, ge=0, description="added to the cosine's denominator: rare pairs count less")
     last: int | None = Field(default=None, ge=1, description="newest items of the history that count; None: all")
+    decay: float = Field(default=1.0, gt=0, le=1, description="weight of an event against that of the next newer one")
 
 
 @dataclass(frozen=True, eq=False)
 class ItemKNN:
-    """score(item) = sum of the similarities from each item of the history to it.
+    """score(item) = sum of the similarities from each item of the history to it, of older ones less.
 
     ``similar`` (n_items, n_items) holds in row i the nearest neighbours of i. Items that no item of the history is
     near to, cold ones among them, stand behind all others in order of popularity from training; so does the whole
@@ -44,10 +45,11 @@ class ItemKNN:
     similar: sparse.csr_array
     counts: NDArray[np.float32]
     last: int | None
+    decay: float = 1.0
     name: str = "ItemKNN"
 
     def scores(self, queries: Queries) -> NDArray[np.float32]:
-        history = multi_hot(newest(queries.history, self.last), len(self.counts))
+        history = fading(newest(queries.history, self.last), len(self.counts), self.decay)
         out = np.ascontiguousarray((history @ self.similar).toarray(), dtype=np.float32)
         return popular_where_empty(popular_behind(out, self.counts), queries, self.counts)
 
@@ -65,7 +67,7 @@ def fit_item_knn(events: TrainingEvents, config: ItemKNNConfig) -> ItemKNN:
         both[rows, start + rows] = 0
         both /= np.maximum(np.sqrt(np.outer(users[start : start + step], users)) + config.shrinkage, 1e-12)
         blocks.append(_nearest(both.astype(np.float32, copy=False), config.neighbours))
-    return ItemKNN(sparse.vstack(blocks, format="csr"), events.counts, config.last)
+    return ItemKNN(sparse.vstack(blocks, format="csr"), events.counts, config.last, config.decay)
 
 
 def _nearest(similarity: NDArray[np.float32], k: int) -> sparse.csr_array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +21,8 @@ from penchant.evaluation.systems import Queries, System
 
 Config = TypeVar("Config", bound=BaseModel)
 
+# What a fitted system reads only when it is asked.
+ASKED = ("last", "decay")
 # Validation targets a configuration is judged on; more would only cost time.
 VALIDATION_TARGETS = 5_000
 
@@ -43,6 +45,10 @@ class Budget:
                 where="Budget",
                 remedy="give at least one trial and some seconds",
             )
+
+    def whole(self, configs: int) -> Budget:
+        """With room for so many configurations in the same seconds; one trial, no tuning, stays one."""
+        return self if self.trials == 1 else replace(self, trials=max(self.trials, configs))
 
     def __str__(self) -> str:
         return f"at most {self.trials} configurations, none begun after {self.seconds:g} s"
@@ -168,7 +174,7 @@ def tune(
 ) -> FittedSystem:
     """Fit each configuration, keep the one with the best validation NDCG@10, the first among equals.
 
-    ``fit`` is given a configuration and the seconds left. Where a system reads its configuration's ``last`` only
+    ``fit`` is given a configuration and the seconds left. Where a system reads its configuration's ``ASKED`` only
     when it is asked, ``serve`` gives it another, and it is not fitted again for that; such a trial counts against
     the budget like any other. Nothing is refitted with the validation events after.
     """
@@ -200,5 +206,5 @@ def tune(
 
 
 def _alike(one: BaseModel, other: BaseModel) -> bool:
-    """Whether two configurations differ in nothing but ``last``."""
-    return one.model_dump(exclude={"last"}) == other.model_dump(exclude={"last"})
+    """Whether two configurations differ in nothing but what is read when they are asked."""
+    return one.model_dump(exclude=set(ASKED)) == other.model_dump(exclude=set(ASKED))
