@@ -25,6 +25,7 @@ TASKS = ("ml-100k", "ml-latest-small-5core", "ml-latest-small", "games", "games-
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 # Whose differences the README shows; those of our other variants are in results/TASK.md.
 _WHOLE = ("encoder: ids + text", "llm+interest")
+_LLM_ADDS = "what the LLM adds"
 _STAGE = ("llm", "encoder: ids + text", "the candidates in random order")
 # Notes of a report without which no table is to be read.
 _SAID = ("a tie in time decided", "ranked among sampled candidates only", "leave-last-out: whatever is trained")
@@ -32,8 +33,9 @@ LLM = "llm yes_no"  # as eval/tallrec.py calls the LLM, alone or in a name
 METRICS = ("Recall@10", "NDCG@10")
 _LEGEND = (
     "A number is the mean over the seeds, ± their standard deviation; brackets reach from the lowest to the highest "
-    "bound of the seeds' 95% intervals over users. Differences are paired, and their brackets are alike; behind them "
-    "stands each seed's p of a permutation test, corrected for all comparisons of its table (Holm).",
+    "bound of the seeds' 95% intervals over users. Differences are paired: between systems of what each target's seeds "
+    "reach on average, with that mean's interval; where the LLM is part of it, seed by seed, with brackets like the "
+    "others and each seed's p. p is a permutation test's, corrected for all comparisons of its kind in a table (Holm).",
     "",
 )
 
@@ -52,6 +54,8 @@ def block(result: dict[str, Any]) -> list[str]:
     between = {row_key(row): row["metrics"] for row in result["spread"]}
     for group, rows in groups.items():
         if rows[0]["difference"]:
+            if "differences" in result and not group.startswith(_LLM_ADDS):  # they stand below, over all seeds
+                continue
             shown = [row["system"] for row in rows if row["system"].startswith(_WHOLE)]
             lines += [*(f"- {plain(group)}: {_difference(result['runs'], group, system)}" for system in shown), ""]
             continue
@@ -71,7 +75,7 @@ def block(result: dict[str, Any]) -> list[str]:
             made = [other for run in result["runs"] for other in run["rows"] if row_key(other) == row_key(row)]
             cells = (_cell([one["metrics"][name] for one in made], spread.get(name)) for name in METRICS)
             lines.append(f"| {row['system'] if seeds == 1 else plain(row['system'])} | {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", *(_differences(result) if group == first["rows"][0]["group"] else [])]
     if first["published"]:
         lines += ["| published, the protocol as said | " + " | ".join(METRICS) + " |", "|---|---|---|"]
         for one in first["published"]:
@@ -79,6 +83,22 @@ def block(result: dict[str, Any]) -> list[str]:
             lines.append(f"| {one['system']}: {one['source']}; {one['protocol']} | {cells} |")
         lines.append("")
     return lines
+
+
+def _differences(result: dict[str, Any]) -> list[str]:
+    """The variant that retrieves minus each other system, a column a group of targets; none where none were made."""
+    ours = "encoder: ids + text minus "
+    found: dict[str, dict[str, str]] = {}
+    for row in result.get("differences", {}).get("rows", []):
+        if row["system"].startswith(ours):
+            cell = f"{_signed(row['metrics']['NDCG@10'])}, p {row['p']:.2g}"
+            found.setdefault(row["system"].removeprefix(ours), {})[row["group"]] = cell
+    if not found:
+        return []
+    groups = list(dict.fromkeys(group for cells in found.values() for group in cells))
+    lines = [f"| NDCG@10 of {ours.strip()} | {' | '.join(groups)} |", "|---|" + "---|" * len(groups)]
+    lines += [f"| {other} | {' | '.join(cells.get(g, '') for g in groups)} |" for other, cells in found.items()]
+    return [*lines, ""]
 
 
 def _made_by(result: dict[str, Any]) -> str:
@@ -101,8 +121,10 @@ def added(found: list[dict[str, Any]]) -> list[str]:
         if "llm+interest" not in seconds:
             continue
         alone = [_mean(result, f"encoder: {name}") for name in ("ids", "text", "ids + text")]
+        # Of the runs where nothing was compared over all seeds yet.
+        over_seeds = [{"rows": result["differences"]["rows"]}] if "differences" in result else runs
         gains = [
-            _gain(runs, "encoder: ids + text minus encoder: ids"),
+            _gain(over_seeds, "encoder: ids + text minus encoder: ids"),
             _gain(runs, "llm+interest minus encoder: ids + text"),
         ]
         cost = (f"{seconds['encoder: ids + text']:.1f}", f"{seconds['llm+interest']:.0f}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from tests.conftest import toy_frames
@@ -292,6 +293,42 @@ def test_several_targets_of_a_user_are_said(data: Path) -> None:
     users = len(set(targets.user.tolist()))
     assert users < len(targets)
     assert run["rows"][0]["group"].startswith(f"all {len(targets)} test targets of {users} users, whole catalogue")
+
+
+def test_differences_are_of_the_means_over_the_seeds(data: Path) -> None:
+    made = task(seeds=[3, 4, 5], llm_users=0)
+    one = comparison(data, ["popularity", "sasrec", "encoder: text", "encoder: ids", BOTH], made)
+    found = one.run()["differences"]
+    assert {row["group"] for row in found["rows"]} == {"all 30 test targets"}
+    names = ["encoder: ids + text", "encoder: ids"]
+    wanted = [f"{ours} minus {other}" for ours in names for other in ("popularity", SASREC)]
+    assert [row["system"] for row in found["rows"]] == [*wanted, "encoder: ids + text minus encoder: ids"]
+
+    def ndcg(name: str, seed: int) -> np.ndarray:
+        made = one.finished(name, seed)
+        assert made is not None
+        return np.where(made.ranked.rank <= 10, 1 / np.log2(made.ranked.rank + 1), 0)
+
+    for row in found["rows"]:
+        ours, other = ({"popularity": "popularity", SASREC: "sasrec"}.get(n, n) for n in row["system"].split(" minus "))
+        each = [(ndcg(ours, seed) - ndcg(other, seed)).mean() for seed in made.seeds]
+        assert row["metrics"]["NDCG@10"]["mean"] == pytest.approx(np.mean(each))
+        assert row["metrics"]["NDCG@10"]["n"] == 30
+    assert "Holm-corrected over the 5 differences" in found["notes"][0]
+
+
+def test_targets_in_ties_and_cold_ones_have_differences_of_their_own(data: Path) -> None:
+    """Every other user's last two events are of one second; a quarter's last item is one that nobody had before."""
+    rows = [(f"u{u}", str(1 + (u + e) % 9), 100 * e + u) for u in range(80) for e in range(6)]
+    rows = [(user, item, t - 100 if t >= 500 and int(user[1:]) % 2 else t) for user, item, t in rows]
+    rows = [(user, "16" if t >= 500 and int(user[1:]) % 4 == 0 else item, t) for user, item, t in rows]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    frame.write_csv(data / "toy/events.csv")
+    one = comparison(data, ["popularity", "encoder: ids", BOTH], task(llm_users=0))
+    groups = {row["group"] for row in one.run()["differences"]["rows"]}
+    assert groups == {"all 80 test targets", "the 40 test targets later than the event before them"}, (
+        "20 cold ones are few"
+    )
 
 
 def test_a_torn_file_is_made_again(data: Path) -> None:

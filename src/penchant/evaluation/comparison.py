@@ -16,6 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from penchant import __version__
 from penchant.adapter_card import described
 from penchant.data.provenance import LeakCheck
@@ -44,6 +47,7 @@ from penchant.evaluation.encoders import (
 )
 from penchant.evaluation.evaluate import tabulate
 from penchant.evaluation.leaks import check_model
+from penchant.evaluation.over_seeds import over_seeds
 from penchant.evaluation.prepared import Prepared
 from penchant.evaluation.protocol import Protocol
 from penchant.evaluation.report import Report
@@ -86,7 +90,7 @@ class Comparison(Prepared):
 
     ``systems`` are some of SYSTEMS; without them the task's baselines, our variants and the full model. ``stamp`` (the
     commit, say) goes into the result as it is, and into the record of each system made now: another run may have
-    made the others. ``origins`` takes up, by system and seed, when and where each was made.
+    made the others. ``origins`` takes up, by system and seed, when and where each was made, ``ranks`` its targets'.
     """
 
     name: str
@@ -101,6 +105,7 @@ class Comparison(Prepared):
     stamp: Mapping[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     origins: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    ranks: dict[str, dict[int, NDArray[np.int64]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         baselines = self.task.baselines or [name for name in NAMES if name != "llm"]
@@ -143,7 +148,7 @@ class Comparison(Prepared):
 
     def finished(self, name: str, seed: int) -> Finished | None:
         """The system's result: stored, or made now and stored; None where the task's time is up."""
-        first = self.task.seeds[0]
+        first, wanted = self.task.seeds[0], seed
         seed = first if name in _DETERMINISTIC else seed
         tuned = None if seed == first else self.finished(name, first)
         if seed != first and tuned is None:
@@ -154,6 +159,7 @@ class Comparison(Prepared):
         if found is not None and (name != BOTH or self._has_weights(found.record)):
             self.say(f"{name}, seed {seed}: stored")
             self.origins[name, seed] = found.record.get("origin", {})
+            self.ranks.setdefault(found.ranked.system, {})[wanted] = found.ranked.rank
             return found
         if not self._time_left(f"{name}, seed {seed}"):
             return None
@@ -167,6 +173,7 @@ class Comparison(Prepared):
         record |= {"seed": seed, "origin": record.get("origin", {}) | origin(self.stamp, time.perf_counter() - begun)}
         self.origins[name, seed] = record["origin"]
         made = Finished(ranked, record)
+        self.ranks.setdefault(ranked.system, {})[wanted] = ranked.rank
         self.store.save(name, seed, key, made)
         self.say(f"{name}, seed {seed}: {record['origin']['seconds']} s")
         return made
@@ -366,6 +373,7 @@ class Comparison(Prepared):
             "seconds": round(sum(map(_seconds, self.origins.values())), 1),
             "systems": [{"name": name, "seed": seed, **_made(where)} for (name, seed), where in self.origins.items()],
             "spread": spread(runs),
+            "differences": over_seeds(self.split, self.asked, self.task, self.ranks, (BOTH, IDS), list(VARIANTS)),
             "runs": runs,
         }
 

@@ -89,9 +89,12 @@ class Table:
         """One row a system."""
         return [self.row(group, one.system, one.rank) for one in ranked]
 
-    def difference(self, group: str, name: str, one: Ranks, other: Ranks) -> Row:
-        """The first minus the second on the same targets; p, not yet corrected, is of NDCG@k."""
-        head, base = self.headline(one), self.headline(other)
+    def difference(self, group: str, name: str, one: Ranks | Sequence[Ranks], other: Ranks | Sequence[Ranks]) -> Row:
+        """The first minus the second on the same targets; p, not yet corrected, is of NDCG@k.
+
+        Of several rankings by one system, one a seed, each target's mean counts.
+        """
+        head, base = self._over_seeds(one), self._over_seeds(other)
         found = {metric: self.mean(head[metric] - base[metric]) for metric in head}
         a, b = head[f"NDCG@{self.k}"], base[f"NDCG@{self.k}"]
         if self.average == "event":
@@ -99,6 +102,12 @@ class Table:
         else:
             tested = paired_permutation(per_user(a, self.user), per_user(b, self.user), self.seed)
         return Row(group, name, found, difference=True, p=tested.p)
+
+    def _over_seeds(self, ranks: Ranks | Sequence[Ranks]) -> dict[str, Values]:
+        if isinstance(ranks, np.ndarray):
+            return self.headline(ranks)
+        each = [self.headline(one) for one in ranks]
+        return {name: np.mean([values[name] for values in each], axis=0) for name in each[0]}
 
     def random_order(self, group: str, choices: NDArray[np.integer]) -> Row:
         """What the candidates give in random order, in expectation: the floor under any ranking of them.
