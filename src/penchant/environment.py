@@ -79,7 +79,7 @@ def process_mib(*, peak: bool) -> float:
         with open("/proc/self/status", encoding="utf-8") as handle:
             name = "VmHWM:" if peak else "VmRSS:"
             return next(int(line.split()[1]) for line in handle if line.startswith(name)) / 2**10
-    except OSError:
+    except (OSError, StopIteration):  # another system, or a sandbox that tells less
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 

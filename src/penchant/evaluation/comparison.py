@@ -2,8 +2,8 @@
 
 Each finished system is stored at once and not made again, unless the task, the data, the version or the model
 changed; an encoder, ours or SASRec, serves every task that differs only in whom it asks for what. Every system has
-the same budget for tuning on validation, ours too; it is spent with the first seed, and the other seeds train what it
-chose.
+the same budget for tuning on validation, ours too (of configurations where training takes minutes, else of seconds);
+it is spent with the first seed, and the other seeds train what it chose.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from penchant.evaluation.examples import examples
 from penchant.evaluation.latency import check_price, request_milliseconds, with_latency
 from penchant.evaluation.leaks import check_run
 from penchant.evaluation.llm_stage import CALIBRATED, LIKELIHOOD, LLMStage, fused_name, run_llm_stage
-from penchant.evaluation.notes import protocol_notes
+from penchant.evaluation.notes import counted, protocol_notes
 from penchant.evaluation.ours import ENCODER, POPULARITY, own_systems
 from penchant.evaluation.pointwise import value_rows
 from penchant.evaluation.protocol import Protocol
@@ -183,11 +183,11 @@ def tabulate(
     # Now, for what is wrong with a column must not be found when the LLM was paid.
     parts, chosen_parts = parts_of(targets), parts_of(targets.take(chosen)) if len(chosen) else []
     table = Table(protocol.k, log.n_items, targets.user, protocol.average, protocol.seed)
-    every = f"all {_counted(targets)}, {protocol.whole(log.n_items)}"
+    every = f"all {counted(targets)}, {protocol.whole(log.n_items)}"
     rows = table.rows(every, ranked)
     best = best_of([one for one in ranked if one.system in baselines], table)
     if best is not None:
-        group = f"ours against the best baseline on all {_counted(targets)}, paired difference"
+        group = f"ours against the best baseline on all {counted(targets)}, paired difference"
         rows.append(table.difference(group, f"{encoder.system} minus {best.system}", encoder.rank, best.rank))
     rows += _pair_rows(table, split, targets, {one.system: one for one in ranked}, pairs)
     notes = protocol_notes(split, targets, protocol.seen, protocol.seen_last, protocol.candidates, protocol.average)
@@ -260,20 +260,14 @@ def _pair_rows(
     """Differences of named systems; a pair of which one was not made is left out."""
     made = [(one, other) for one, other in pairs if one in ranked and other in ranked]
     cold = np.flatnonzero(split.train_counts[targets.item] == 0)
-    groups = [(f"paired differences on all {_counted(targets)}", np.arange(len(targets)))]
+    groups = [(f"paired differences on all {counted(targets)}", np.arange(len(targets)))]
     if len(cold):
-        groups.append((f"paired differences on the {_counted(targets.take(cold))} that are cold items", cold))
+        groups.append((f"paired differences on the {counted(targets.take(cold))} that are cold items", cold))
     return [
         table.take(at).difference(group, f"{one} minus {other}", ranked[one].rank[at], ranked[other].rank[at])
         for group, at in groups
         for one, other in made
     ]
-
-
-def _counted(targets: Targets) -> str:
-    """How many, and of how few users where these have several: intervals are over users."""
-    users = len(np.unique(targets.user))
-    return f"{len(targets):,} test targets" + (f" of {users:,} users" if users < len(targets) else "")
 
 
 def best_of(ranked: Sequence[Ranked], table: Table) -> Ranked | None:

@@ -58,6 +58,12 @@ def protocol_notes(
     return notes
 
 
+def counted(targets: Targets) -> str:
+    """How many, and of how few users where these have several: intervals are over users."""
+    users = len(np.unique(targets.user))
+    return f"{len(targets):,} test targets" + (f" of {users:,} users" if users < len(targets) else "")
+
+
 def _repeated(targets: Targets) -> int:
     """Targets whose item stands in their own history."""
     history = Queries.of(targets).history

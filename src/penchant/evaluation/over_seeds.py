@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from penchant.data.history import Targets
 from penchant.data.split import Split
+from penchant.evaluation.notes import counted
 from penchant.evaluation.rows import Ranks, Table, corrected
 from penchant.evaluation.slices import by_order
 from penchant.evaluation.tasks import Asked, Task
@@ -52,10 +53,14 @@ def over_seeds(
 
 def _groups(split: Split, targets: Targets) -> list[tuple[str, NDArray[np.int64]]]:
     later = [part.mask for part in by_order(targets) if part.value.startswith("later")]
-    masks = {
-        "all {n:,} test targets": np.ones(len(targets), dtype=np.bool_),
-        **({"the {n:,} test targets later than the event before them": later[0]} if later else {}),
-        "the {n:,} test targets that are cold items": split.train_counts[targets.item] == 0,
-    }
-    found = {group.format(n=int(mask.sum())): np.flatnonzero(mask) for group, mask in masks.items()}
-    return [(group, at) for group, at in found.items() if len(np.unique(targets.user[at])) >= _FEWEST]
+    masks = [
+        ("all {}", np.ones(len(targets), dtype=np.bool_)),
+        *(("the {} later than the event before them", mask) for mask in later),
+        ("the {} that are cold items", split.train_counts[targets.item] == 0),
+    ]
+    found = [(group, np.flatnonzero(mask)) for group, mask in masks]
+    return [
+        (group.format(counted(targets.take(at))), at)
+        for group, at in found
+        if len(np.unique(targets.user[at])) >= _FEWEST
+    ]

@@ -1,4 +1,4 @@
-"""One call that fits all baselines, each tuned on validation with the same budget."""
+"""One call that fits all baselines, each tuned on validation within a budget."""
 
 from __future__ import annotations
 
