@@ -234,6 +234,8 @@ def tallrec(run: dict[str, Any]) -> list[str]:
     for system in first["systems"]:
         cells = [
             _cell([one["systems"][system]["AUC"] for one in run["runs"] if one["examples"] == label], of[system])
+            if system in of
+            else ""
             for label, of in run["auc"].items()
         ]
         if LLM not in system:  # the same whatever the LLM was trained on

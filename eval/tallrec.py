@@ -4,11 +4,12 @@
         --max-minutes 10 --work runs/tallrec --out eval/results/tallrec-movie.json
 
 Examples are drawn by seed from the task's training rows (eval/tasks/tallrec-movie.yaml). Of four points of a run (every
-quarter of its steps) the one with the best AUC on 200 of its validation rows (or --eval-users, if more) is
-kept. Its test rows are scored once a run: log p(Yes) - log p(No) in one forward a row. Beside it stands what needs no
-LLM (the user's share of likes; with all training rows' histories and answers also the item's), and both together. What
-is published stands in the task. What is measured is kept in --work, and made again where settings, data or model are
-others.
+quarter of its steps) the one with the best AUC on 200 of its validation rows (or --eval-users, if more) is kept. Its
+test rows are scored once a run: log p(Yes) - log p(No) in one forward a row. The untuned model is also asked how likely
+the title is behind what was liked, and behind what was disliked: the difference is the other way of asking it. Beside
+them stands what needs no LLM (the user's share of likes; with all training rows' histories and answers also the
+item's), and each with the other. What is published stands in the task. What is measured is kept in --work, and made
+again where settings, data or model are others.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from penchant.evaluation.readers import YesNo, YesNoRow, folder_of, read_yes_no
 from penchant.evaluation.statistics import Spread
 from penchant.evaluation.store import key_of
 from penchant.evaluation.tasks import load_task
-from penchant.evaluation.yes_no import answer_margins, weighed_on, yes_no_report
+from penchant.evaluation.yes_no import LLM, TASTE, answer_margins, taste_margins, weighed_on, yes_no_report
 from penchant.files import read_json, sha256_file, write_json
 from penchant.training.checkpoints import load_checkpoint
 from penchant.training.config import YesNoConfig
@@ -76,7 +77,7 @@ def main(
     summary = {
         label: {
             system: _spread([r["systems"][system]["AUC"]["mean"] for r in runs if r["examples"] == label])
-            for system in runs[0]["systems"]
+            for system in next(r["systems"] for r in runs if r["examples"] == label)
         }
         for label in dict.fromkeys(r["examples"] for r in runs)
     }
@@ -124,10 +125,15 @@ def _run(
         trained["valid_auc"] = (outcome.best or {}).get("AUC")
     recipe.student.eval()
     engine = engine_of(recipe.student, recipe.tokenizer)
-    begun = time.perf_counter()
-    margins = answer_margins(engine, recipe.templates, test, prompt_tokens=settings.prompt_tokens)
-    seconds = round(time.perf_counter() - begun, 1)
-    held = answer_margins(engine, recipe.templates, valid, prompt_tokens=settings.prompt_tokens)
+    ways = {LLM: answer_margins}
+    if not tune:  # yes_no trains the answer alone
+        ways[TASTE] = taste_margins
+    margins, held, seconds = {}, {}, {}
+    for name, ask in ways.items():
+        begun = time.perf_counter()
+        margins[name] = ask(engine, recipe.templates, test, prompt_tokens=settings.prompt_tokens)
+        seconds[name] = round(time.perf_counter() - begun, 1)
+        held[name] = ask(engine, recipe.templates, valid, prompt_tokens=settings.prompt_tokens)
     report = yes_no_report(margins, test, train, valid=(valid, held))
     return {
         "systems": {row.system: {name: asdict(one) for name, one in row.metrics.items()} for row in report.rows},

@@ -249,7 +249,9 @@ def test_a_yes_no_task_asks_the_run_s_own_llm(penchant: Call, ready: Any, tmp_pa
     report = json.loads((tmp_path / "r.json").read_text())
     assert [row["system"] for row in report["rows"]] == [
         "llm yes_no",
+        "llm likelihood, likes minus dislikes",
         "llm yes_no and shares of likes of user and item",
+        "llm likelihood, likes minus dislikes and shares of likes of user and item",
         "shares of likes of user and item",
         "share of likes in the user's history",
         "the share of yes in training",

@@ -18,7 +18,7 @@ from penchant.errors import DataError
 from penchant.evaluation.evaluate import evaluate
 from penchant.evaluation.pointwise import MEAN, answer_metrics, value_metrics, value_rows
 from penchant.evaluation.readers import YesNoRow
-from penchant.evaluation.yes_no import answer_margins, yes_no_report
+from penchant.evaluation.yes_no import LLM, answer_margins, taste_margins, yes_no_report
 from penchant.interest.config import EncoderConfig
 from penchant.interest.fit import predict
 from penchant.prompt import Templates
@@ -127,10 +127,31 @@ def test_a_row_is_asked_with_likes_first_and_its_margin_is_yes_minus_no(tmp_path
     assert margins[0] == pytest.approx(yes - no)
 
 
+def test_likes_minus_dislikes_are_two_likelihoods_of_the_title() -> None:
+    engine, templates = FakeEngine(), Templates()
+    rows = [
+        YesNoRow(("A", "B"), ("C",), "D", True),
+        YesNoRow((), ("E",), "A", False),
+        YesNoRow(("A",), (), "D", True),
+        YesNoRow((), (), "D", True),
+    ]
+    margins = taste_margins(engine, templates, rows, prompt_tokens=400)
+    end = templates.headers["next_item"].terminator
+
+    def said(history: tuple[str, ...], title: str) -> float:
+        prompt = templates.render("next_item", {"history": [{"text": t} for t in history]}).prompt
+        return float(engine.score([prompt], [engine.codec.encode_items([title], end)])[0][0])
+
+    wanted = [said(row.liked, row.target) - said(row.disliked, row.target) for row in rows]
+    assert margins == pytest.approx(wanted)
+    assert margins[3] == 0, "nothing is known of this user"
+    assert margins[0] != margins[2] != 0
+
+
 def test_the_report_of_answers_stands_beside_the_training_share() -> None:
     rows = [YesNoRow(("A",), (), "t", i % 2 == 0, f"u{i % 4}" if i < 40 else "u9") for i in range(60)]
     margins = np.array([3.0 if row.label else -3.0 for row in rows])
-    report = yes_no_report(margins, rows, rows[:9])
+    report = yes_no_report({LLM: margins}, rows, rows[:9])
     llm, _, _, share = report.rows
     assert (llm.metrics["AUC"].mean, llm.metrics["accuracy"].mean) == (1.0, 1.0)
     assert llm.metrics["GAUC"].mean == 1.0
@@ -138,6 +159,6 @@ def test_the_report_of_answers_stands_beside_the_training_share() -> None:
     assert share.metrics["AUC"].mean == 0.5
     assert share.metrics["log loss"].mean == pytest.approx(-(math.log(5 / 9) + math.log(4 / 9)) / 2)
     nobody = [YesNoRow(row.liked, row.disliked, row.target, row.label) for row in rows]
-    assert "GAUC" not in yes_no_report(margins, nobody, rows[:9]).rows[0].metrics
+    assert "GAUC" not in yes_no_report({LLM: margins}, nobody, rows[:9]).rows[0].metrics
     with pytest.raises(DataError, match="no rows"):
-        yes_no_report(margins[:0], [], rows)
+        yes_no_report({LLM: margins[:0]}, [], rows)

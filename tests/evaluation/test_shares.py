@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from penchant.errors import DataError
 from penchant.evaluation.readers import YesNoRow
 from penchant.evaluation.shares import Logistic, Shares, own_share
-from penchant.evaluation.yes_no import weighed_on, yes_no_report
+from penchant.evaluation.yes_no import LLM, SHARES, TASTE, weighed_on, yes_no_report
 
 ROWS = [
     YesNoRow(("A", "B"), ("C",), "D", True, "u1"),
@@ -125,7 +125,7 @@ def test_shares_find_what_is_planted_and_the_llm_stands_beside_them_weighed_on_v
     assert len(held) == 200
     assert len({row.user for row in held}) > 20, "a sample, not the first users"
     noise, said = rng.normal(size=len(test)), rng.normal(size=len(held))
-    report = yes_no_report(noise, test, train, valid=(held, said))
+    report = yes_no_report({LLM: noise}, test, train, valid=(held, {LLM: said}))
     auc = {row.system: row.metrics["AUC"].mean for row in report.rows}
     _, fused, both, own, flat = auc.values()
     assert next(iter(auc)) == "llm yes_no"
@@ -133,6 +133,8 @@ def test_shares_find_what_is_planted_and_the_llm_stands_beside_them_weighed_on_v
     assert abs(fused - both) < 0.02, "an LLM that says nothing gets hardly any weight"
     truth = np.array([1.0 if row.label else -1.0 for row in test]) + rng.normal(size=len(test))
     known = np.array([1.0 if row.label else -1.0 for row in held]) + rng.normal(size=len(held))
-    better = yes_no_report(truth, test, train, valid=(held, known))
+    better = yes_no_report({LLM: noise, TASTE: truth}, test, train, valid=(held, {LLM: said, TASTE: known}))
     auc = {row.system: row.metrics["AUC"].mean for row in better.rows}
-    assert auc["llm yes_no and shares of likes of user and item"] > max(auc["llm yes_no"], both) + 0.01
+    assert list(auc)[:5] == [LLM, TASTE, f"{LLM} and {SHARES}", f"{TASTE} and {SHARES}", SHARES]
+    assert auc[f"{TASTE} and {SHARES}"] > max(auc[TASTE], both) + 0.01
+    assert auc[f"{LLM} and {SHARES}"] == fused, "each way has a weight of its own"

@@ -153,8 +153,10 @@ def test_tallrec_scores_its_test_examples(byte_folder: Path, prompts: Path, tmp_
         found = json.loads(out.read_text())
         assert set(found["auc"]) == {"untuned", "8", "all"}
         for run in found["runs"]:
-            assert list(run["systems"]) == list(found["auc"]["8"])
+            assert list(run["systems"]) == list(found["auc"][run["examples"]])
             assert {"llm yes_no", "llm yes_no and shares of likes of user and item"} < set(run["systems"])
+            # The other way of asking is no part of what was trained.
+            assert ("llm likelihood, likes minus dislikes" in run["systems"]) == (run["examples"] == "untuned")
             for system in run["systems"].values():
                 assert 0 <= system["AUC"]["low"] <= system["AUC"]["mean"] <= system["AUC"]["high"] <= 1
             assert run["n_test"] == 20

@@ -189,7 +189,7 @@ def _yes_no_task(name: str) -> Task | None:
 def _evaluate_yes_no(model: Recommender, task: Task, data_dir: Path | None, seed: int, given: list[str]) -> Report:
     """The answers of the run's own LLM and templates to the task's rows; its data and encoder take no part."""
     from penchant.evaluation.readers import YesNo, read_yes_no
-    from penchant.evaluation.yes_no import answer_margins, weighed_on, yes_no_report
+    from penchant.evaluation.yes_no import LLM, TASTE, answer_margins, taste_margins, weighed_on, yes_no_report
 
     if given:
         raise ConfigError(
@@ -200,16 +200,16 @@ def _evaluate_yes_no(model: Recommender, task: Task, data_dir: Path | None, seed
     rows, train, valid = (read_yes_no(task.data, part, data_dir) for part in ("test", "train", "valid"))
     held = weighed_on(valid, seed)
     asked = [*rows, *held]
+    tokens = model.config.prompt_tokens
     with progress() as stages:
-        margins = answer_margins(
-            model.engine,
-            model.templates,
-            asked,
-            prompt_tokens=model.config.prompt_tokens,
-            progress=stages("ask the LLM", len(asked)),
-        )
+        ask, weigh = stages("ask the LLM", len(asked)), stages("weigh likes against dislikes", 2 * len(asked))
+        margins = {
+            LLM: answer_margins(model.engine, model.templates, asked, prompt_tokens=tokens, progress=ask),
+            TASTE: taste_margins(model.engine, model.templates, asked, prompt_tokens=tokens, progress=weigh),
+        }
     n = len(rows)
-    report = yes_no_report(margins[:n], rows, train, valid=(held, margins[n:]) if held else None, seed=seed)
+    of_rows, of_held = ({name: own[part] for name, own in margins.items()} for part in (slice(n), slice(n, None)))
+    report = yes_no_report(of_rows, rows, train, valid=(held, of_held) if held else None, seed=seed)
     report.settings.update(templates=model.templates.hash(), model=model.fingerprint, engine=model.engine_source)
     report.published.extend(one.model_dump(mode="json") for one in task.published)
     return report

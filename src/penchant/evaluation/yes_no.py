@@ -1,8 +1,12 @@
-"""A yes/no task: would this user like this item? The LLM is asked once a row, and judged by AUC and log loss."""
+"""A yes/no task: would this user like this item? The LLM is asked in two ways, and judged by AUC and log loss.
+
+It answers yes or no to the question; and its likelihood of the title behind the liked titles is set against that behind
+the disliked ones, which needs no answer of it: naive Bayes, with a language model as the likelihood of each class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,12 +19,14 @@ from penchant.evaluation.readers import YesNoRow
 from penchant.evaluation.report import Report, Row
 from penchant.evaluation.shares import Logistic, Shares, own_share
 from penchant.prompt import Templates
-from penchant.rank import label_logprobs
+from penchant.rank import Ranker, label_logprobs
 
 if TYPE_CHECKING:
     from penchant.engine import Engine, Progress
 
 LLM = "llm yes_no"
+TASTE = "llm likelihood, likes minus dislikes"
+SHARES = "shares of likes of user and item"
 # Validation rows that the LLM is asked, to be weighed against the shares of likes.
 _WEIGHED_ON = 200
 
@@ -52,6 +58,34 @@ def answer_margins(
     return logp[:, 0] - logp[:, 1]
 
 
+def taste_margins(
+    engine: Engine,
+    templates: Templates,
+    rows: Sequence[YesNoRow],
+    *,
+    prompt_tokens: int,
+    progress: Progress | None = None,
+) -> NDArray[np.float64]:
+    """log p(title | what was liked) - log p(title | what was disliked) of each row, in nats, (n,).
+
+    Both are the likelihoods that rank items (the template next_item), each behind a history of its own: two short
+    forwards a row. Of a side without titles the likelihood without a history stands in.
+    """
+    at: dict[str, int] = {}
+    for row in rows:
+        for title in (*row.liked, *row.disliked, row.target):
+            at.setdefault(title, len(at))
+    longest = max((len(part) for row in rows for part in (row.liked, row.disliked)), default=0)
+    ranker = Ranker(engine, templates, list(at), max_history=longest, prompt_tokens=prompt_tokens)
+
+    def said(liked: bool) -> NDArray[np.float64]:
+        histories = [np.array([at[title] for title in _of(row, liked)], dtype=np.int32) for row in rows]
+        targets = [np.array([at[row.target]], dtype=np.int32) for row in rows]
+        return np.array([one[0] for one in ranker.likelihoods(histories, targets, progress)])
+
+    return said(True) - said(False)
+
+
 def weighed_on(valid: Sequence[YesNoRow], seed: int) -> list[YesNoRow]:
     """The validation rows that LLM and shares are weighed on: a seeded sample, since files stand in order of users."""
     drawn = np.random.default_rng(seed).permutation(len(valid))[:_WEIGHED_ON]
@@ -63,19 +97,19 @@ def _of(row: YesNoRow, liked: bool) -> tuple[str, ...]:
 
 
 def yes_no_report(
-    margins: NDArray[np.float64],
+    margins: Mapping[str, NDArray[np.float64]],
     rows: Sequence[YesNoRow],
     train: Sequence[YesNoRow],
     *,
-    valid: tuple[Sequence[YesNoRow], NDArray[np.float64]] | None = None,
+    valid: tuple[Sequence[YesNoRow], Mapping[str, NDArray[np.float64]]] | None = None,
     seed: int = 0,
 ) -> Report:
-    """The LLM's answers to the test rows beside what needs no LLM.
+    """What the LLM says of the test rows, in each of the ways of ``margins`` (LLM, TASTE), beside what needs no LLM.
 
     That is: always saying how many of the training rows are liked; how much of their history the user liked; and
     the shares of likes of user and item together, weighted on the training rows. With validation rows and the LLM's
-    margins of them (``valid``), also the LLM and these shares together, weighted there. The LLM's probability of yes
-    is among the two labels. DataError where there is nothing to judge.
+    margins of them (``valid``), also each of its ways and these shares together, weighted there. The LLM's probability
+    of yes is among the two labels, or the two classes of titles. DataError where there is nothing to judge.
     """
     if not rows or not train:
         raise DataError("there are no rows", where="yes/no task", remedy="check the task's files")
@@ -86,13 +120,13 @@ def yes_no_report(
     shares = Shares.of(train)
     both = Logistic.fit(shares.features(train, own=True), _labels(train))
     asked = both.odds(shares.features(rows))
-    systems = {LLM: (margins, expit(margins))}
-    if valid is not None:
-        held, said = valid
-        fused = Logistic.fit(np.column_stack([both.odds(shares.features(held)), said]), _labels(held))
-        odds = fused.odds(np.column_stack([asked, margins]))
-        systems[f"{LLM} and shares of likes of user and item"] = odds, expit(odds)
-    systems["shares of likes of user and item"] = asked, expit(asked)
+    systems = {name: (own, expit(own)) for name, own in margins.items()}
+    held, said = ([], {}) if valid is None else valid
+    for name in said:
+        fused = Logistic.fit(np.column_stack([both.odds(shares.features(held)), said[name]]), _labels(held))
+        odds = fused.odds(np.column_stack([asked, margins[name]]))
+        systems[f"{name} and {SHARES}"] = odds, expit(odds)
+    systems[SHARES] = asked, expit(asked)
     systems["share of likes in the user's history"] = (own := own_share(rows)), own
     systems["the share of yes in training"] = (flat := np.full(len(rows), _labels(train).mean())), flat
     made = [
@@ -101,7 +135,7 @@ def yes_no_report(
     ]
     drawn = "rows" if user is None else "users"
     notes = [
-        "AUC, log loss (nats) and accuracy of single answers, not of a ranking; one forward a row",
+        "AUC, log loss (nats) and accuracy of single answers, not of a ranking",
         f"mean [95% bootstrap interval, whole {drawn} drawn again]",
         f"shares of likes are of what the {len(train):,} training rows say: histories and answers",
     ]
