@@ -34,8 +34,9 @@ METRICS = ("Recall@10", "NDCG@10")
 _LEGEND = (
     "A number is the mean over the seeds, ± their standard deviation; brackets reach from the lowest to the highest "
     "bound of the seeds' 95% intervals over users. Differences are paired: between systems of what each target's seeds "
-    "reach on average, with that mean's interval; where the LLM is part of it, seed by seed, with brackets like the "
-    "others and each seed's p. p is a permutation test's, corrected for all comparisons of its kind in a table (Holm).",
+    "reach on average, with that mean's interval over users (the seeds are as they are); where the LLM is part of it, "
+    "seed by seed, with brackets like the others and each seed's p. p is of a permutation test, corrected (Holm) for "
+    "all differences of its table, or of that seed's report (results/TASK.md).",
     "",
 )
 
@@ -51,10 +52,11 @@ def block(result: dict[str, Any]) -> list[str]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in first["rows"]:
         groups.setdefault(row["group"], []).append(row)
+    compared = _compared(result)
     between = {row_key(row): row["metrics"] for row in result["spread"]}
     for group, rows in groups.items():
         if rows[0]["difference"]:
-            if "differences" in result and not group.startswith(_LLM_ADDS):  # they stand below, over all seeds
+            if compared and not group.startswith(_LLM_ADDS):  # they stand in a table of their own, over all seeds
                 continue
             shown = [row["system"] for row in rows if row["system"].startswith(_WHOLE)]
             lines += [*(f"- {plain(group)}: {_difference(result['runs'], group, system)}" for system in shown), ""]
@@ -85,30 +87,37 @@ def block(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _compared(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was compared on average over the seeds; nothing in results that were made before that was done."""
+    return list(result.get("differences", {}).get("rows", []))
+
+
 def _differences(result: dict[str, Any]) -> list[str]:
-    """The variant that retrieves minus each other system, a column a group of targets; none where none were made."""
-    ours = "encoder: ids + text minus "
-    found: dict[str, dict[str, str]] = {}
-    for row in result.get("differences", {}).get("rows", []):
-        if row["system"].startswith(ours):
-            cell = f"{_signed(row['metrics']['NDCG@10'])}, p {row['p']:.2g}"
-            found.setdefault(row["system"].removeprefix(ours), {})[row["group"]] = cell
-    if not found:
+    """One of ours minus each other system, a column a group of targets; none where none were made."""
+    rows = _compared(result)
+    if not rows:
         return []
+    ours = f"{rows[0]['system'].partition(' minus ')[0]} minus "
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cell = f"{_signed(row['metrics']['NDCG@10'])}, p {row['p']:.2g}"
+        found.setdefault(row["system"].removeprefix(ours), {})[row["group"]] = cell
     groups = list(dict.fromkeys(group for cells in found.values() for group in cells))
     lines = [f"| NDCG@10 of {ours.strip()} | {' | '.join(groups)} |", "|---|" + "---|" * len(groups)]
     lines += [f"| {other} | {' | '.join(cells.get(g, '') for g in groups)} |" for other, cells in found.items()]
-    return [*lines, ""]
+    left_out = [f"- {note}" for note in result["differences"]["notes"] if "left out" in note]
+    return [*lines, "", *left_out, *([""] if left_out else [])]
 
 
 def _made_by(result: dict[str, Any]) -> str:
     """The command that makes a task's results, and whether it would make these: its version may be a later one."""
     version, now = result["version"], load_task(result["task"]).version
     since = "" if version == now else f"; it is version {now} now, and these numbers wait to be made again"
-    changed = ", and changes" if result["changed"] else ""
+    changed = ", with uncommitted changes" if result.get("changed") else ""
+    commit = f" at commit {result['commit'][:7]}{changed}" if result.get("commit") else ""
     return (
-        f"Made by `python eval/benchmark.py {result['task']} --data-dir data --out eval/results` at commit "
-        f"{result['commit'][:7]}{changed} (version {version} of the task{since})."
+        f"Made by `python eval/benchmark.py {result['task']} --data-dir data --out eval/results`{commit} (version "
+        f"{version} of the task{since})."
     )
 
 
@@ -121,8 +130,8 @@ def added(found: list[dict[str, Any]]) -> list[str]:
         if "llm+interest" not in seconds:
             continue
         alone = [_mean(result, f"encoder: {name}") for name in ("ids", "text", "ids + text")]
-        # Of the runs where nothing was compared over all seeds yet.
-        over_seeds = [{"rows": result["differences"]["rows"]}] if "differences" in result else runs
+        # Of the runs where nothing was compared over all seeds.
+        over_seeds = [{"rows": _compared(result)}] if _compared(result) else runs
         gains = [
             _gain(over_seeds, "encoder: ids + text minus encoder: ids"),
             _gain(runs, "llm+interest minus encoder: ids + text"),

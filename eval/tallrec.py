@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from penchant import __version__
+from penchant.engine.folders import fingerprint_of, resolve_model
 from penchant.environment import commit_of, environment
 from penchant.errors import ConfigError
 from penchant.evaluation.readers import YesNo, YesNoRow, folder_of, read_yes_no
@@ -38,6 +39,7 @@ from penchant.training.recipe import Recipe
 from penchant.training.settings import read_settings
 from penchant.training.validation import engine_of
 
+_CONFIG = Path("finetune/configs/yes_no-tallrec.yaml")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -49,7 +51,7 @@ def main(
     out: Annotated[Path, typer.Option(help="The JSON file to write.")],
     size: Annotated[list[int], typer.Option(help="Training examples; 0: all.")],
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of examples, weights and order.")] = 3,
-    config: Annotated[Path, typer.Option(help="YAML file of settings.")] = Path("finetune/configs/yes_no-tallrec.yaml"),
+    config: Annotated[Path, typer.Option(help="YAML file of settings.")] = _CONFIG,
 ) -> None:
     """Train and score each size and seed. Every setting of yes_no is an option too."""
     base = read_settings(YesNoConfig, config, context.args)
@@ -67,11 +69,14 @@ def main(
         for seed in range(seeds if n is not None else 1):
             settings = base.model_copy(update={"max_rows": n or None, "seed": seed})
             label = "untuned" if n is None else "all" if n == 0 else str(n)
-            key = key_of(settings=settings.model_dump(mode="json", exclude=told), files=files, version=__version__)
+            ways = [LLM] if n is not None else [LLM, TASTE]  # yes_no trains the answer alone
+            told_by = {"files": files, "base": fingerprint_of(resolve_model(settings.model)), "version": __version__}
+            key = key_of(settings=settings.model_dump(mode="json", exclude=told), ways=ways, **told_by)
             name = f"{label}-{seed}-{key[:12]}"
             kept = work / f"{name}.json"
             if not kept.is_file():
-                write_json(kept, _run(settings, *parts, work / name, tune=n is not None))
+                made = _run(settings, *parts, work / name, ways, tune=n is not None)
+                write_json(kept, made | commit_of(Path(__file__).resolve().parent))
             runs.append({"examples": label, "seed": seed, **read_json(kept)})
             typer.echo(runs[-1])
     summary = {
@@ -89,6 +94,7 @@ def main(
                     "python eval/tallrec.py --data-dir data",
                     *(f"--size {n}" for n in size),
                     f"--seeds {seeds}",
+                    *([f"--config {config.as_posix()}"] if config != _CONFIG else []),
                     *context.args,
                     "--work runs/tallrec --out eval/results/tallrec-movie.json",
                 ]
@@ -111,6 +117,7 @@ def _run(
     train: list[YesNoRow],
     valid: list[YesNoRow],
     folder: Path,
+    ways: list[str],
     *,
     tune: bool,
 ) -> dict[str, Any]:
@@ -125,11 +132,9 @@ def _run(
         trained["valid_auc"] = (outcome.best or {}).get("AUC")
     recipe.student.eval()
     engine = engine_of(recipe.student, recipe.tokenizer)
-    ways = {LLM: answer_margins}
-    if not tune:  # yes_no trains the answer alone
-        ways[TASTE] = taste_margins
     margins, held, seconds = {}, {}, {}
-    for name, ask in ways.items():
+    for name in ways:
+        ask = {LLM: answer_margins, TASTE: taste_margins}[name]
         begun = time.perf_counter()
         margins[name] = ask(engine, recipe.templates, test, prompt_tokens=settings.prompt_tokens)
         seconds[name] = round(time.perf_counter() - begun, 1)

@@ -217,7 +217,8 @@ def test_baselines_are_fitted_tuned_and_tested_against(penchant: Call, ready: An
     assert tested["system"] == f"encoder minus {best}"
     assert tested["p"] is not None
     assert {trial["system"] for trial in report["trials"]} == {"popularity", "ItemKNN", "EASE"}
-    assert "baselines tuned on validation NDCG@10, each at most 8 configurations" in ended.out
+    assert "baselines tuned on validation NDCG@10, each at most 8 configurations, none begun after 600 s" in ended.out
+    assert "their whole grid in these seconds" in ended.out
 
 
 def test_a_yes_no_task_asks_the_run_s_own_llm(penchant: Call, ready: Any, tmp_path: Path) -> None:

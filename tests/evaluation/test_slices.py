@@ -79,15 +79,14 @@ def test_a_tie_with_the_event_before_is_told_apart() -> None:
     interactions = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
     items = pl.DataFrame({"item_id": ["0", "1", "2", "3"], "title": ["p", "q", "r", "s"]})
     split = leave_last_out(Dataset.read(interactions, items))
-    tied, later = by_order(split.test)
-    assert (tied.value, tied.mask.tolist()) == (
-        "tied with the event before (ordered by item)",
-        [True, False, False, True],
-    )
-    np.testing.assert_array_equal(later.mask, ~tied.mask)
-    # The first event of a user has none before it, whatever the user before ended with.
-    first = type(split.test)(split.log, split.log.start[:4])
-    assert by_order(first) == []
+    tied, own = by_order(split.test)
+    assert (tied.value, tied.mask.tolist()) == ("tied with another event (ordered by item)", [True, False, False, True])
+    np.testing.assert_array_equal(own.mask, ~tied.mask)
+    # Of two events at one time the first is tied too; another user's event at that time is nothing to it.
+    first, third = (type(split.test)(split.log, split.log.start[:4] + n) for n in (0, 2))
+    assert by_order(first)[0].mask.tolist() == [False, False, False, True]
+    assert by_order(third)[0].mask.tolist() == [True, True, False, True]
+    assert by_order(third.take([2])) == []
     assert [s.name for s in slices(split, split.test) if s.name == "time"] == ["time", "time"]
 
 

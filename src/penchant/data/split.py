@@ -37,7 +37,7 @@ class Split:
 
     @property
     def ties(self) -> dict[str, int]:
-        return {"valid": _ties(self.valid), "test": _ties(self.test)}
+        return {"valid": int(tied(self.valid).sum()), "test": int(tied(self.test).sum())}
 
     @property
     def train_counts(self) -> NDArray[np.int64]:
@@ -141,14 +141,14 @@ def _latest_before(log: EventLog) -> NDArray[np.int64]:
     return latest
 
 
-def _ties(targets: Targets) -> int:
-    """Targets that share their timestamp with a neighbour of the same user."""
+def tied(targets: Targets) -> NDArray[np.bool_]:
+    """Which targets (n,) share their time with a neighbour of the same user: the items' order alone made them so."""
     log, position = targets.log, targets.position
     before, after = np.maximum(position - 1, 0), np.minimum(position + 1, len(log.item) - 1)
-    tied = np.zeros(len(position), dtype=bool)
+    found = np.zeros(len(position), dtype=np.bool_)
     for other in (before, after):
-        tied |= (other != position) & (log.user[other] == log.user[position]) & (log.time[other] == log.time[position])
-    return int(tied.sum())
+        found |= (other != position) & (log.user[other] == log.user[position]) & (log.time[other] == log.time[position])
+    return found
 
 
 def leave_last_out(dataset: Dataset, *, test: bool = True) -> Split:

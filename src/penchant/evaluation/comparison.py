@@ -90,7 +90,8 @@ class Comparison(Prepared):
 
     ``systems`` are some of SYSTEMS; without them the task's baselines, our variants and the full model. ``stamp`` (the
     commit, say) goes into the result as it is, and into the record of each system made now: another run may have
-    made the others. ``origins`` takes up, by system and seed, when and where each was made, ``ranks`` its targets'.
+    made the others. ``origins`` takes up, by system and seed, when and where each was made; ``ranks``, by the system's
+    name in the tables and by seed, how each ranked the targets.
     """
 
     name: str
@@ -373,7 +374,7 @@ class Comparison(Prepared):
             "seconds": round(sum(map(_seconds, self.origins.values())), 1),
             "systems": [{"name": name, "seed": seed, **_made(where)} for (name, seed), where in self.origins.items()],
             "spread": spread(runs),
-            "differences": over_seeds(self.split, self.asked, self.task, self.ranks, (BOTH, IDS), list(VARIANTS)),
+            "differences": over_seeds(self.split, self.asked, self.task, self.ranks, (BOTH, *VARIANTS)),
             "runs": runs,
         }
 

@@ -1,4 +1,7 @@
-"""Paired differences of what systems reach on average over their seeds: chance in training is no part of them."""
+"""Paired differences of what systems reach on average over their seeds.
+
+Chance in training is averaged, not removed: intervals and p are over users, with these seeds as they are.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from penchant.data.history import Targets
 from penchant.data.split import Split
 from penchant.evaluation.notes import counted
 from penchant.evaluation.rows import Ranks, Table, corrected
-from penchant.evaluation.slices import by_order
+from penchant.evaluation.slices import OWN_TIME, by_order
 from penchant.evaluation.tasks import Asked, Task
 
 # Users without whom a difference says nothing.
@@ -26,17 +29,15 @@ def over_seeds(
     task: Task,
     ranks: Mapping[str, Mapping[int, Ranks]],
     ours: Sequence[str],
-    variants: Sequence[str],
 ) -> dict[str, Any]:
-    """Each of ``ours`` against every system that is none of our ``variants``, and our first against the others of ours.
+    """The first of ``ours`` that was made with every seed, against every other system.
 
-    ``ranks`` has, by system and seed, one array (n_targets,); a system that lacks a seed is left out. On all targets,
-    on those that no tie in time with the event before decided (where there are any), and on cold items; on none with
+    ``ranks`` has, by system and seed, one array (n_targets,); a system that lacks a seed is left out, and said to be.
+    On all targets, on those that no tie in time made a target (where there are any), and on cold items; on none with
     fewer than 30 users. As JSON: ``rows``, whose p are corrected over all of them (Holm), and ``notes``.
     """
     whole = {name: list(made.values()) for name, made in ranks.items() if set(made) == set(task.seeds)}
-    theirs = [name for name in whole if name not in variants]
-    pairs = [(one, other) for one in ours for other in theirs] + [(ours[0], other) for other in ours[1:]]
+    one = next((name for name in ours if name in whole), None)
     protocol = asked.protocol(task)
     table = Table(protocol.k, split.log.n_items, asked.targets.user, protocol.average, protocol.seed)
     rows = [
@@ -44,18 +45,23 @@ def over_seeds(
             group, f"{one} minus {other}", *([r[at] for r in whole[name]] for name in (one, other))
         )
         for group, at in _groups(split, asked.targets)
-        for one, other in pairs
-        if one in whole and other in whole
+        for other in whole
+        if one is not None and other != one
     ]
     rows, notes = corrected(rows)
+    for name, made in ranks.items():
+        if name not in whole:
+            notes.append(
+                f"{name} is left out of the differences: it was made with {len(made)} of {len(task.seeds)} seeds"
+            )
     return {"rows": [asdict(row) for row in rows], "notes": notes}
 
 
 def _groups(split: Split, targets: Targets) -> list[tuple[str, NDArray[np.int64]]]:
-    later = [part.mask for part in by_order(targets) if part.value.startswith("later")]
+    alone = [part.mask for part in by_order(targets) if part.value == OWN_TIME]
     masks = [
         ("all {}", np.ones(len(targets), dtype=np.bool_)),
-        *(("the {} later than the event before them", mask) for mask in later),
+        *((f"the {{}} {OWN_TIME}", mask) for mask in alone),
         ("the {} that are cold items", split.train_counts[targets.item] == 0),
     ]
     found = [(group, np.flatnonzero(mask)) for group, mask in masks]

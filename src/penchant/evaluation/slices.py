@@ -14,13 +14,14 @@ import polars as pl
 from numpy.typing import NDArray
 
 from penchant.data.history import Targets
-from penchant.data.split import Split
+from penchant.data.split import Split, tied
 from penchant.errors import ConfigError, DataError
 from penchant.schema import ITEM, USER
 
 Mask = NDArray[np.bool_]
 
 _LENGTHS = (("0", 0, 0), ("1-3 (cold users)", 1, 3), ("4-10", 4, 10), ("11-50", 11, 50), ("over 50", 51, None))
+OWN_TIME = "at a time of their own"
 _NOTHING = "(none)"
 _OTHER = "(other)"
 
@@ -104,15 +105,14 @@ def by_popularity(split: Split, targets: Targets) -> list[Slice]:
 
 
 def by_order(targets: Targets) -> list[Slice]:
-    """By whether a target has the time of the event before it: then their items' order alone said which is the target.
+    """By whether a target has the time of the event before or after it: then the items' order made it the target.
 
     Who reads sequences can learn that order, which no real user follows. Nothing where no target is tied.
     """
-    log, at = targets.log, targets.position
-    tied = (at > log.start[targets.user]) & (log.time[at] == log.time[np.maximum(at - 1, 0)])
-    if not tied.any():
-        return []
-    return _filled("time", [("tied with the event before (ordered by item)", tied), ("later than any before", ~tied)])
+    mask = tied(targets)
+    return (
+        _filled("time", [("tied with another event (ordered by item)", mask), (OWN_TIME, ~mask)]) if mask.any() else []
+    )
 
 
 # -- any column ------------------------------------------------------------------------------------

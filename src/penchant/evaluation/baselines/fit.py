@@ -124,13 +124,13 @@ def fit_baselines(
     tuned("popularity", [PopularityConfig()], lambda config, left: fit_popularity(events))
     tuned("recent", grids.recent, lambda config, left: fit_recent(events, config))
     if texts is not None:
-        tuned("bm25", grids.bm25, lambda config, left: fit_bm25(texts, counts, config), _with_last)
+        tuned("bm25", grids.bm25, lambda config, left: fit_bm25(texts, counts, config), _asked_otherwise)
     if vectors is not None:
-        tuned("nearest", grids.nearest, lambda config, left: fit_nearest(vectors, counts, config), _with_last)
-    tuned("item_knn", grids.item_knn, lambda config, left: fit_item_knn(events, config), _with_last)
+        tuned("nearest", grids.nearest, lambda config, left: fit_nearest(vectors, counts, config), _asked_otherwise)
+    tuned("item_knn", grids.item_knn, lambda config, left: fit_item_knn(events, config), _asked_otherwise)
     tuned("neighbours", grids.neighbours, lambda config, left: fit_neighbours(events, config))
-    tuned("ease", grids.ease, lambda config, left: fit_ease(events, config), _with_last)
-    tuned("als", grids.als, lambda config, left: fit_als(events, config, seed), _with_last)
+    tuned("ease", grids.ease, lambda config, left: fit_ease(events, config), _asked_otherwise)
+    tuned("als", grids.als, lambda config, left: fit_als(events, config, seed), _asked_otherwise)
     tuned("bpr", grids.bpr, lambda config, left: fit_bpr(events, config, seed))
     vaes = [config.model_copy(update={"seed": seed}) for config in grids.mult_vae]
     tuned("mult_vae", vaes, lambda config, left: fit_mult_vae(events, config, valid.ndcg, left))
@@ -143,7 +143,7 @@ def fit_baselines(
     return Baselines(tuple(fitted), tuple(notes))
 
 
-def _with_last(system: Any, config: Any) -> Any:
+def _asked_otherwise(system: Any, config: Any) -> Any:
     """The system as fitted, but asked with another number of newest items, or another decay of them."""
     return replace(system, **{name: getattr(config, name) for name in ASKED if name in type(config).model_fields})
 
