@@ -12,6 +12,7 @@ candidates were sampled, and how to make it again.
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import typer
@@ -53,7 +54,6 @@ def block(result: dict[str, Any]) -> list[str]:
     for row in first["rows"]:
         groups.setdefault(row["group"], []).append(row)
     compared = _compared(result)
-    between = {row_key(row): row["metrics"] for row in result["spread"]}
     for group, rows in groups.items():
         if rows[0]["difference"]:
             if compared and not group.startswith(_LLM_ADDS):  # they stand in a table of their own, over all seeds
@@ -62,20 +62,14 @@ def block(result: dict[str, Any]) -> list[str]:
             lines += [*(f"- {plain(group)}: {_difference(result['runs'], group, system)}" for system in shown), ""]
             continue
         lines += [f"| {group} | {' | '.join(METRICS)} |", "|---|---|---|"]
-
-        def mean(row: dict[str, Any], group: str = group) -> float:
-            spread = between.get((plain(group), plain(row["system"])), row["metrics"])
-            return float(spread["NDCG@10"]["mean"])
-
-        ranked = sorted(rows, key=mean, reverse=True)
+        ranked = sorted(rows, key=lambda row: _mean(_of_all(result["runs"], row)), reverse=True)
         if any(row["system"].startswith("llm") for row in rows):
             # On the LLM's sample: its own rows, ours, the floor under it, and the best of the others.
             others = [row for row in ranked if not row["system"].startswith(_STAGE)]
             ranked = [row for row in ranked if row["system"].startswith(_STAGE) or row is others[0]]
         for row in ranked:
-            spread = between.get((plain(group), plain(row["system"])), {})
-            made = [other for run in result["runs"] for other in run["rows"] if row_key(other) == row_key(row)]
-            cells = (_cell([one["metrics"][name] for one in made], spread.get(name)) for name in METRICS)
+            made = _of_all(result["runs"], row)
+            cells = (_cell([one["metrics"][name] for one in made]) for name in METRICS)
             lines.append(f"| {row['system'] if seeds == 1 else plain(row['system'])} | {' | '.join(cells)} |")
         lines += ["", *(_differences(result) if group == first["rows"][0]["group"] else [])]
     if first["published"]:
@@ -85,6 +79,16 @@ def block(result: dict[str, Any]) -> list[str]:
             lines.append(f"| {one['system']}: {one['source']}; {one['protocol']} | {cells} |")
         lines.append("")
     return lines
+
+
+def _of_all(runs: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same row of every seed that has it."""
+    return [other for run in runs for other in run["rows"] if row_key(other) == row_key(row)]
+
+
+def _mean(rows: list[dict[str, Any]]) -> float:
+    """Of NDCG@10, over the seeds."""
+    return fmean(row["metrics"]["NDCG@10"]["mean"] for row in rows)
 
 
 def _compared(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -129,7 +133,7 @@ def added(found: list[dict[str, Any]]) -> list[str]:
         seconds = {one["system"].partition(" (")[0]: one["seconds_per_1000_users"] for one in runs[0]["costs"]}
         if "llm+interest" not in seconds:
             continue
-        alone = [_mean(result, f"encoder: {name}") for name in ("ids", "text", "ids + text")]
+        alone = [_alone(result, f"encoder: {name}") for name in ("ids", "text", "ids + text")]
         # Of the runs where nothing was compared over all seeds.
         over_seeds = [{"rows": _compared(result)}] if _compared(result) else runs
         gains = [
@@ -155,8 +159,8 @@ def added(found: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _mean(result: dict[str, Any], system: str) -> float | None:
-    """Of all targets, which stand first."""
+def _alone(result: dict[str, Any], system: str) -> float | None:
+    """A system's mean on all targets, which stand first."""
     found = [row for row in result["spread"] if row["system"] == system]
     return float(found[0]["metrics"]["NDCG@10"]["mean"]) if found else None
 
@@ -172,21 +176,22 @@ def _gain(runs: list[dict[str, Any]], system: str) -> str:
 
 def _over_seeds(found: list[dict[str, Any]]) -> str:
     """The mean, between the lowest and the highest bound."""
-    mean = sum(one["mean"] for one in found) / len(found)
+    mean = fmean(one["mean"] for one in found)
     return _signed({"mean": mean, "low": min(one["low"] for one in found), "high": max(one["high"] for one in found)})
 
 
-def _cell(own: list[dict[str, Any]], spread: dict[str, Any] | None) -> str:
+def _cell(own: list[dict[str, Any]]) -> str:
     """A system's metric with every seed: mean, deviation where there is one, and the widest of its intervals."""
-    mean = sum(one["mean"] for one in own) / len(own)
-    sd = spread["sd"] if spread is not None else None
-    deviation = f" ± {_number(sd)}" if sd is not None and sd > 1e-9 else ""
-    return f"{_number(mean)}{deviation} [{_number(min(o['low'] for o in own))}, {_number(max(o['high'] for o in own))}]"
+    means = [one["mean"] for one in own]
+    sd = stdev(means) if len(means) > 1 else 0.0
+    deviation = f" ± {_number(sd)}" if sd > 1e-9 else ""
+    low, high = min(one["low"] for one in own), max(one["high"] for one in own)
+    return f"{_number(fmean(means))}{deviation} [{_number(low)}, {_number(high)}]"
 
 
 def _difference(runs: list[dict[str, Any]], group: str, system: str) -> str:
     """Of all seeds that have it: another seed's best baseline may be another one."""
-    rows = [row for run in runs for row in run["rows"] if row_key(row) == row_key({"group": group, "system": system})]
+    rows = _of_all(runs, {"group": group, "system": system})
     p = [f"{row['p']:.2g}" for row in rows if row["p"] is not None]
     seeds = "" if len(rows) == len(runs) else f" ({len(rows)} of {len(runs)} seeds)"
     said = f", p {', '.join(p)}" if p else ""
@@ -242,7 +247,7 @@ def tallrec(run: dict[str, Any]) -> list[str]:
     ]
     for system in first["systems"]:
         cells = [
-            _cell([one["systems"][system]["AUC"] for one in run["runs"] if one["examples"] == label], of[system])
+            _cell([one["systems"][system]["AUC"] for one in run["runs"] if one["examples"] == label])
             if system in of
             else ""
             for label, of in run["auc"].items()

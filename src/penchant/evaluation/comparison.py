@@ -339,7 +339,7 @@ class Comparison(Prepared):
         )
         if self.task.seen_last is not None or self.asked.candidates is not None:
             report.notes.append(
-                "it was chosen on retrieved candidates with all seen items masked, whatever the test has"
+                "the LLM's weight was chosen on retrieved candidates with all seen items masked, whatever the test has"
             )
         if self.load_ranker is not None:
             report.notes.append(f"the LLM that ranks is an adapter: {described(self.ranker.source)}")

@@ -39,7 +39,7 @@ Name = Literal[
     "sasrec", "llm",
 ]  # fmt: skip
 NAMES: tuple[Name, ...] = get_args(Name)
-# What takes minutes to fit or to ask. All others try their whole grid in less than one such configuration takes.
+# What is trained epoch by epoch or asks an LLM; all others are fitted at once and try their whole grid.
 DEAR: frozenset[Name] = frozenset({"mult_vae", "sasrec", "llm"})
 
 
