@@ -39,7 +39,7 @@ Name = Literal[
     "sasrec", "llm",
 ]  # fmt: skip
 NAMES: tuple[Name, ...] = get_args(Name)
-# What is trained epoch by epoch or asks an LLM; all others are fitted at once and try their whole grid.
+# What is validated epoch by epoch or asks an LLM. All others are fitted in one go, and try their whole grid.
 DEAR: frozenset[Name] = frozenset({"mult_vae", "sasrec", "llm"})
 
 
