@@ -22,7 +22,12 @@ from penchant.evaluation.tasks import load_task
 from penchant.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = ("ml-100k", "ml-latest-small-5core", "ml-latest-small", "games", "games-6k", "games-20", "beauty")
+TASKS = (
+    *("ml-100k", "ml-latest-small-5core", "ml-latest-small"),
+    *("games", "games-6k", "games-20"),
+    *("beauty", "sports", "toys"),
+    *("mars-elearning", "mars-elearning-time"),
+)
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 # Whose differences the README shows; those of our other variants are in results/TASK.md.
 _WHOLE = ("encoder: ids + text", "llm+interest")

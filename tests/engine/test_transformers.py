@@ -212,6 +212,14 @@ def test_a_model_that_gives_no_numbers_is_an_error_and_no_empty_list(
         byte_engine.generate(["Heat"], CatalogTrie.build([[5, 6], [5, 7], [8]]), 2, beams=beams)
 
 
+def test_a_text_over_the_context_is_refused_with_what_helps_a_text(byte_engine: TransformersEngine) -> None:
+    longest = "7" * byte_engine.context_length
+    assert len(byte_engine.codec.encode(longest)) == len(longest)
+    assert np.isfinite(byte_engine.embed([longest])).all()
+    with pytest.raises(DataError, match=r"(?s)1 over the model's context.*remedy: shorten the text"):
+        byte_engine.embed(["Up", longest + "7"])
+
+
 @pytest.mark.parametrize("layer", [3, -4, 99])
 def test_a_layer_the_model_lacks_is_refused(tiny_engine: TransformersEngine, layer: int) -> None:
     with pytest.raises(ConfigError, match="layer"):
