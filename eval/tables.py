@@ -1,12 +1,13 @@
-"""The README's tables of results, made from the JSON of eval/results and written between its marks.
+"""The tables of results, made from the JSON of eval/results: two in the README, all of them in eval/results/README.md.
 
-python eval/tables.py            # rewrites README.md
-python eval/tables.py --check    # exits 1 where the README is not what the results say
+python eval/tables.py            # rewrites both
+python eval/tables.py --check    # exits 1 where one of them is not what the results say
 
-First stands what the LLM adds to IDs, and its cost. A task has two blocks: every system on all targets, and on the
-LLM's sample its own rows with the best of the others (all of them are in results/TASK.md). Above them stands what every
-table must say: that leave-last-out leaks time, how many targets only the order of items in a tie decided, that
-candidates were sampled, and how to make it again.
+The README has a row a task: the plain baselines, ours, and what it is ahead by; and then what the LLM adds to IDs, and
+its cost. In eval/results/README.md a task has two blocks: every system on all targets, and on the LLM's sample its own
+rows with the best of the others (all of them are in results/TASK.md). Above them stands what every table must say: that
+leave-last-out leaks time, how many targets only the order of items in a tie decided, that candidates were sampled, and
+how to make it again.
 """
 
 from __future__ import annotations
@@ -29,10 +30,19 @@ TASKS = (
     *("mars-elearning", "mars-elearning-time"),
 )
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-# Whose differences the README shows; those of our other variants are in results/TASK.md.
-_WHOLE = ("encoder: ids + text", "llm+interest")
+OURS, SASREC, EASE = "encoder: ids + text", "SASRec (cross entropy)", "EASE"
+PLAIN = {
+    "popularity": "popularity",
+    "newest titles (BM25)": "BM25",
+    "ItemKNN": "ItemKNN",
+    EASE: EASE,
+    SASREC: "SASRec",
+    "neighbours by nearness": "neighbours",
+}
+# Whose differences are shown; those of our other variants are in results/TASK.md.
+_WHOLE = (OURS, "llm+interest")
 _LLM_ADDS = "what the LLM adds"
-_STAGE = ("llm", "encoder: ids + text", "the candidates in random order")
+_STAGE = ("llm", OURS, "the candidates in random order")
 # Notes of a report without which no table is to be read.
 _SAID = ("a tie in time decided", "ranked among sampled candidates only", "leave-last-out: whatever is trained")
 LLM = "llm yes_no"  # as eval/tallrec.py calls the LLM, alone or in a name
@@ -42,7 +52,7 @@ _LEGEND = (
     "bound of the seeds' 95% intervals over users. Differences are paired: between systems of what each target's seeds "
     "reach on average, with that mean's interval over users (the seeds are as they are); where the LLM is part of it, "
     "seed by seed, with brackets like the others and each seed's p. p is of a permutation test, corrected (Holm) for "
-    "all differences of its table, or of that seed's report (results/TASK.md).",
+    "all differences of its table, or of that seed's report (eval/results/TASK.md).",
     "",
 )
 
@@ -130,6 +140,26 @@ def _made_by(result: dict[str, Any]) -> str:
     )
 
 
+def overview(found: list[dict[str, Any]]) -> list[str]:
+    """NDCG@10 on all targets: the plain baselines and ours, a row a task."""
+    rows = []
+    for result in found:
+        numbers = [_number(_alone(result, system)) for system in (*PLAIN, OURS)]
+        gains = [_gain(_over_all_seeds(result), f"{OURS} minus {other}") for other in (SASREC, EASE)]
+        n, seeds = result["spread"][0]["group"].split()[1], len(result["runs"])
+        waits = "" if result["version"] == load_task(result["task"]).version else "; an earlier version of the task"
+        name = f"{result['task']} ({n} targets, {seeds} {'seed' if seeds == 1 else 'seeds'}{waits})"
+        rows.append(f"| {' | '.join([name, *numbers, *gains])} |")
+    return [
+        "### NDCG@10, a row a data set and protocol",
+        "",
+        f"| | {' | '.join(PLAIN.values())} | ours: {OURS} | minus SASRec | minus EASE |",
+        "|---|" + "---|" * (len(PLAIN) + 3),
+        *rows,
+        "",
+    ]
+
+
 def added(found: list[dict[str, Any]]) -> list[str]:
     """What the LLM adds, as vectors and as a ranker, and what it costs: a row a task that asked it."""
     rows = []
@@ -139,13 +169,11 @@ def added(found: list[dict[str, Any]]) -> list[str]:
         if "llm+interest" not in seconds:
             continue
         alone = [_alone(result, f"encoder: {name}") for name in ("ids", "text", "ids + text")]
-        # Of the runs where nothing was compared over all seeds.
-        over_seeds = [{"rows": _compared(result)}] if _compared(result) else runs
         gains = [
-            _gain(over_seeds, "encoder: ids + text minus encoder: ids"),
-            _gain(runs, "llm+interest minus encoder: ids + text"),
+            _gain(_over_all_seeds(result), f"{OURS} minus encoder: ids"),
+            _gain(runs, f"llm+interest minus {OURS}"),
         ]
-        cost = (f"{seconds['encoder: ids + text']:.1f}", f"{seconds['llm+interest']:.0f}")
+        cost = (f"{seconds[OURS]:.1f}", f"{seconds['llm+interest']:.0f}")
         rows.append(f"| {result['task']} | {' | '.join([*map(_number, alone), *gains, *cost])} |")
     if not rows:
         return []
@@ -154,7 +182,7 @@ def added(found: list[dict[str, Any]]) -> list[str]:
         "",
         "NDCG@10 on all targets of the encoder with IDs alone, with the LLM's vectors of texts alone, and with both; "
         "then paired differences. Vectors are made once for a catalogue; the LLM that orders the retrieved candidates "
-        "is asked for each user (of a sample, where its table below says so). Seconds are of the first seed's run.",
+        "is asked for each user (of a sample, where its own table says so). Seconds are of the first seed's run.",
         "",
         "| data | IDs | text | IDs + text | text beside IDs adds | the LLM's order behind both adds | encoder, "
         "s per 1,000 users | LLM, s per 1,000 users |",
@@ -162,6 +190,11 @@ def added(found: list[dict[str, Any]]) -> list[str]:
         *rows,
         "",
     ]
+
+
+def _over_all_seeds(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where differences are looked up: what was compared on average over the seeds, or else each seed's own."""
+    return [{"rows": _compared(result)}] if _compared(result) else list(result["runs"])
 
 
 def _alone(result: dict[str, Any], system: str) -> float | None:
@@ -273,11 +306,21 @@ def _signed(found: dict[str, Any]) -> str:
     return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
 
 
+def tasks_of(results: Path) -> list[dict[str, Any]]:
+    """The results of all tasks that were run."""
+    return [read_json(path) for path in (results / f"{task}.json" for task in TASKS) if path.is_file()]
+
+
+def summary(results: Path) -> str:
+    """The README's part."""
+    tasks = tasks_of(results)
+    return "\n".join([*_LEGEND, *overview(tasks), *added(tasks)]).strip() + "\n"
+
+
 def tables(results: Path) -> str:
     """All whose results are there."""
-    tasks = [read_json(path) for path in (results / f"{task}.json" for task in TASKS) if path.is_file()]
-    lines = [*_LEGEND, *added(tasks)]
-    for result in tasks:
+    lines = ["# Results", "", "Made by `python eval/tables.py` from the JSON files beside this one.", "", *_LEGEND]
+    for result in tasks_of(results):
         lines += block(result)
     found = {
         path.stem.removeprefix("finetuning-"): read_json(path) for path in sorted(results.glob("finetuning-*.json"))
@@ -293,17 +336,20 @@ def main(
         bool, typer.Option("--check", help="Change nothing; exit 1 where something would change.")
     ] = False,
 ) -> None:
-    """Put the tables into the README."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
+    """Put the tables where they belong."""
+    results, readme = ROOT / "eval" / "results", ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    made = f"{before}{BEGIN}\n{tables(ROOT / 'eval' / 'results')}{END}{after}"
-    if check and made != text:
-        print("README.md is not what eval/results says: run python eval/tables.py")
-        raise SystemExit(1)
-    if not check:
-        path.write_text(made, encoding="utf-8")
+    made = {
+        readme: f"{before}{BEGIN}\n{summary(results)}{END}{after}",
+        results / "README.md": tables(results),
+    }
+    for path, text in made.items():
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            print(f"{path.relative_to(ROOT)} is not what eval/results says: run python eval/tables.py")
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tests.training.helpers import QUICK, patched_clock
 from tests.training.test_yes_no import entry, written
 
 from penchant.data.dataset import Dataset
+from penchant.evaluation.tasks import load_task
 
 # A few steps on a random model need not help.
 pytestmark = pytest.mark.filterwarnings("ignore:no validation", "ignore:nothing learnt")
@@ -215,6 +216,31 @@ def test_what_the_llm_adds_is_a_mean_over_seeds_between_their_widest_bounds() ->
     cut = asked | {"differences": {"rows": [], "notes": []}}
     assert tables.added([cut]) == tables.added([asked])
     assert tables._differences(cut) == []
+
+
+def test_the_readmes_first_table_has_a_row_a_task_with_what_ours_is_ahead_by() -> None:
+    def row(
+        system: str, mean: float, low: float = 0.0, high: float = 1.0, group: str = "all 1,234 test targets"
+    ) -> Any:
+        return {"group": group, "system": system, "metrics": {"NDCG@10": {"mean": mean, "low": low, "high": high}}}
+
+    sample = "the same 3 of them (seed 0)"
+    result = {
+        "task": "beauty",
+        "version": load_task("beauty").version,
+        "spread": [row("EASE", 0.25), row("encoder: ids + text", 0.5), row("EASE", 0.75, group=sample)],
+        "runs": [{"rows": [row("encoder: ids + text minus EASE", 0.2, 0.1, 0.3)]}] * 2,
+    }
+    tables = program("tables.py")
+    (line,) = [line for line in tables.overview([result]) if line.startswith("| beauty")]
+    wanted = "|  |  |  | .2500 |  |  | .5000 |  | +0.2000 [+0.1000, +0.3000] |"
+    assert line == f"| beauty (1,234 targets, 2 seeds) {wanted}"
+    header = tables.overview([result])[2]
+    assert header.count("|") == line.count("|")
+    assert header.split("|")[5].strip() == "EASE"
+    older = result | {"version": 1, "runs": result["runs"][:1]}
+    (line,) = [line for line in tables.overview([older]) if line.startswith("| beauty")]
+    assert line.startswith("| beauty (1,234 targets, 1 seed; an earlier version of the task) |")
 
 
 def test_speed_compares_dense_with_single_and_packed_with_full(byte_folder: Path, tmp_path: Path) -> None:
