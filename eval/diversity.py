@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import penchant as pt
 from penchant import metrics
-from penchant.environment import environment
+from penchant.environment import made_by
 from penchant.evaluation import beyond
 from penchant.evaluation.statistics import bootstrap_mean
 from penchant.files import write_json
@@ -62,13 +62,12 @@ def main(
     write_json(
         out,
         {
-            "command": f"python eval/diversity.py RUN --k {k}",
+            **made_by(__file__),
             "data": model.split.dataset.content_hash,
             "split": model.split.spec,
             "targets": len(targets),
             "items": n_items,
             "points": points,
-            "environment": environment(),
         },
     )
     draw(points, k, out.with_suffix(".png"))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 import penchant as pt
 from penchant import metrics
-from penchant.environment import commit_of, environment
+from penchant.environment import made_by
 from penchant.evaluation.statistics import bootstrap_mean
 from penchant.files import sha256_text, staged_file, write_json
 from penchant.fusion import Fusion, choose_fusion
@@ -128,8 +128,7 @@ def main(
             "tokens": sum(r["tokens"] for r in steps),
             "data": dataset.content_hash,
             "split": split.spec,
-            **commit_of(Path(__file__).resolve().parent),
-            "environment": environment(),
+            **made_by(__file__),
         },
     )
     typer.echo(str(out))

@@ -18,7 +18,7 @@ import typer
 
 import penchant as pt
 from penchant.engine.noise import quiet_libraries
-from penchant.environment import commit_of, environment
+from penchant.environment import made_by
 from penchant.evaluation.probe import memorisation, neutral_dataset, probe
 from penchant.fetch import KNOWN, fetch
 from penchant.files import write_json
@@ -61,7 +61,7 @@ def main(
         report = probe(models[0], models[1], llm_users=llm_users, seed=seed)
         found |= {"probe": report.to_dict(), "neutral": neutral.report["neutral"]}
         print(report.to_text())
-    write_json(out, {**found, **commit_of(Path(__file__).resolve().parent), "environment": environment()})
+    write_json(out, {**found, **made_by(__file__)})
     print(out)
 
 

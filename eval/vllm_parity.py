@@ -25,7 +25,7 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
 from penchant.engine.noise import quiet_libraries
-from penchant.environment import environment
+from penchant.environment import made_by
 from penchant.fetch import fetch
 from penchant.files import write_json
 from penchant.fusion import Fusion
@@ -79,11 +79,10 @@ def main(
     chosen = np.random.default_rng(0).choice(len(model.log.user_ids), users, replace=False)
     names = [model.log.user_ids[i] for i in sorted(chosen)]
     kept: dict[str, Any] = {
-        "command": "python eval/vllm_parity.py",
+        **made_by(__file__),
         "dtype": dtype,
         "config": config.model_dump(mode="json"),
         "fusion": FUSION.to_dict(),
-        "environment": environment(),
     }
     with tempfile.TemporaryDirectory() as name:
         model.save(Path(name) / "run")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import builtins
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from penchant.environment import process_mib
+from penchant.environment import made_by, process_mib
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process holds now")
@@ -43,3 +44,19 @@ def test_where_there_is_no_status_the_peak_is_getrusages(monkeypatch: pytest.Mon
         patch.setattr(builtins, "open", missing)
         found = process_mib(peak=True)
     assert found >= 0.9 * wanted
+
+
+def test_a_result_tells_its_command_without_the_paths_of_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "eval" / "speed" / "x.py"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    (tmp_path / "pyproject.toml").touch()
+    given = ["--data-dir", "/home/me/data", "--out=/tmp/x/out.json", "../../mine", "~/mine", "data/a b"]
+    monkeypatch.setattr(sys, "argv", [str(program), *given, "--where", "year>=1990 and/or"])
+    found = made_by(str(program))
+    wanted = "python eval/speed/x.py --data-dir data --out=out.json mine mine 'data/a b'"
+    assert found["command"] == wanted + " --where 'year>=1990 and/or'"
+    assert found["commit"] is None  # this folder is no repository
+    assert found["environment"]["versions"]["penchant"]

@@ -43,7 +43,7 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
 from penchant.engine.noise import quiet_libraries
-from penchant.environment import environment, process_mib
+from penchant.environment import made_by, process_mib
 from penchant.errors import ConfigError
 from penchant.fetch import fetch
 from penchant.files import write_json
@@ -286,7 +286,7 @@ def main(
     asked = only.split(",")
     if out is None or not set(asked) <= set(ROWS):
         raise ConfigError("nothing to do", where="batch.py", remedy=f"give --out, and --only of {', '.join(ROWS)}")
-    found: dict[str, Any] = {"environment": environment(), "threads": 1}
+    found: dict[str, Any] = {**made_by(__file__), "threads": 1}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         films = run or work / "films"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import typer
 
-from penchant.environment import environment
+from penchant.environment import made_by
 from penchant.evaluation.tasks import load_task, read_data, split_of
 from penchant.files import write_json
 from penchant.interest.config import EncoderConfig
@@ -76,7 +76,7 @@ def main(
         raise SystemExit(1)
     theirs = json.loads(ended.stdout.splitlines()[-1])
     found = {
-        "command": f"python eval/speed/encoder_training.py --task {task} --users {users} --threads {threads}",
+        **made_by(__file__),
         **settings,
         "users": len(sequences),
         "items": log.n_items,
@@ -87,7 +87,6 @@ def main(
         "first_epoch_seconds": {"ours": round(ours[0], 2), "recbole": round(theirs["seconds"][0], 2)},
         "times_as_fast_as_recbole": round(theirs["seconds"][1] / ours[1], 2),
         "recbole_version": "1.2.1",
-        "environment": environment(),
     }
     print(found["seconds"], found["times_as_fast_as_recbole"])
     write_json(out, found)

@@ -19,7 +19,7 @@ import typer
 from numpy.typing import NDArray
 
 from penchant.data.history import EventLog, Targets
-from penchant.environment import environment
+from penchant.environment import made_by
 from penchant.evaluation.baselines.sasrec import SASRec
 from penchant.evaluation.ranking import rank_targets
 from penchant.files import write_json
@@ -84,7 +84,7 @@ def main(
     rows = [measured(Log(users, items, length), k, repeats) for length in (9, 100) for k in (10, 100)]
     for row in rows:
         print(row)
-    write_json(out, {"command": "python eval/speed/evaluation_overhead.py", "rows": rows, "environment": environment()})
+    write_json(out, {**made_by(__file__), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import typer
 from numpy.typing import NDArray
 
 from penchant import metrics
-from penchant.environment import environment, process_mib
+from penchant.environment import made_by, process_mib
 from penchant.evaluation.statistics import bootstrap_mean
 from penchant.files import write_json
 
@@ -95,14 +95,14 @@ def main(
         print(json.dumps(measure("one" if only == "one" else "several", users, length, relevant)))
         return
     sizes = ["--users", str(users), "--length", str(length), "--relevant", str(relevant)]
-    found: dict[str, Any] = {"command": "python eval/speed/metrics.py"}
+    found: dict[str, Any] = made_by(__file__)
     for kind in ("one", "several"):
         command = [sys.executable, __file__, "--only", kind, *sizes]
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
         found[kind] = json.loads(lines[-1])
         print(kind, found[kind])
     if out is not None:
-        write_json(out, found | {"environment": environment()})
+        write_json(out, found)
 
 
 if __name__ == "__main__":

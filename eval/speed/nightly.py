@@ -31,7 +31,7 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
 from penchant.engine.noise import quiet_libraries
-from penchant.environment import commit_of, environment, process_mib
+from penchant.environment import made_by, process_mib
 from penchant.errors import ConfigError
 from penchant.evaluation.tasks import load_task, read_data
 from penchant.fetch import fetch
@@ -156,8 +156,8 @@ def main(
         for users, items in ((part, 1.0), (share, part)):
             row = apart(task, data_dir, users, items, 2, 0)
             rows.append({"share of users": users, "share of items": items, **row, **each(row)})
-    about = {"task": task, "threads": torch.get_num_threads(), "model": MODEL, "environment": environment()}
-    write_json(out, {"night": whole, "growth": rows, **about, **commit_of(Path(__file__).resolve().parent)})
+    about = {"task": task, "threads": torch.get_num_threads(), "model": MODEL}
+    write_json(out, {"night": whole, "growth": rows, **about, **made_by(__file__)})
     print(out)
 
 

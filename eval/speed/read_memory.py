@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from penchant.environment import environment, process_mib
+from penchant.environment import made_by, process_mib
 
 _USERS_A_ROW = 0.1
 _PIECE = 1_000_000
@@ -90,7 +90,7 @@ def main() -> None:
             **used,
             "csv_mib": round((folder / "interactions.csv").stat().st_size / 2**20, 1),
             "saved_mib": round(sum(path.stat().st_size for path in (folder / "saved").iterdir()) / 2**20, 1),
-            "environment": environment(),
+            **made_by(__file__),
         }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from penchant.environment import environment, process_mib
+from penchant.environment import made_by, process_mib
 from penchant.files import write_json
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
@@ -112,7 +112,7 @@ def main(
     centres = rng.standard_normal((clusters, dim), dtype=np.float32)
     vectors, asked = near(centres, items, noise, rng), near(centres, queries, noise, rng)
     found: dict[str, Any] = {
-        "command": "python eval/speed/retrieval.py",
+        **made_by(__file__),
         "items": items,
         "dimensions": dim,
         "clusters": clusters,
@@ -161,7 +161,7 @@ def main(
         "load_seconds": round(load, 2),
     }
     print(found["hnsw"])
-    write_json(out, found | {"environment": environment()})
+    write_json(out, found)
 
 
 if __name__ == "__main__":

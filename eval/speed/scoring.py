@@ -30,7 +30,7 @@ from penchant.catalog_trie import CatalogTrie
 from penchant.engine.loading import load_engine
 from penchant.engine.noise import quiet_libraries
 from penchant.engine.transformers import TransformersEngine
-from penchant.environment import environment
+from penchant.environment import made_by
 from penchant.errors import ConfigError
 from penchant.fetch import fetch
 from penchant.files import write_json
@@ -402,13 +402,12 @@ def main(
     bench = Bench(dtype)
     print(f"plain full forward: {bench.rate:,.0f} tokens/s, {torch.get_num_threads()} threads, {dtype}", flush=True)
     kept: dict[str, Any] = {
-        "command": "python eval/speed/scoring.py",
+        **made_by(__file__),
         "model": "smollm2-135m",
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "seed": SEED,
         "plain_tokens_per_second": round(bench.rate, 1),
-        "environment": environment(),
         "rows": [],
     }
     for name in only.split(","):

@@ -22,7 +22,7 @@ import torch
 import typer
 
 import penchant as pt
-from penchant.environment import environment
+from penchant.environment import made_by
 from penchant.files import write_json
 from penchant.training.batch import Batch, collate
 from penchant.training.config import NextItemConfig
@@ -50,7 +50,7 @@ def main(
         found["nf4"] = _memory(model)
     for name, values in found.items():
         print(name, values)
-    write_json(out, {**found, "model": model, "data": dataset.content_hash, "environment": environment()})
+    write_json(out, {**found, "model": model, "data": dataset.content_hash, **made_by(__file__)})
     print(out)
 
 

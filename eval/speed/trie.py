@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 from penchant.catalog_trie import CatalogTrie
-from penchant.environment import environment, process_mib
+from penchant.environment import made_by, process_mib
 from penchant.files import write_json
 
 
@@ -47,7 +47,7 @@ def main(
             loaded.step(nodes, wanted)
             times.append(time.perf_counter() - begun)
     found = {
-        "command": "python eval/speed/trie.py",
+        **made_by(__file__),
         "titles": titles,
         "tokens_each": tokens,
         "nodes": trie.n_nodes,
@@ -58,7 +58,6 @@ def main(
         "load_milliseconds": round(1000 * load, 2),
         "beams": beams,
         "step_milliseconds_median": round(1000 * float(np.median(times)), 4),
-        "environment": environment(),
     }
     write_json(out, found)
     print(found)

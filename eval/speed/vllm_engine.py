@@ -35,7 +35,7 @@ from penchant.engine.transformers import TransformersEngine
 from penchant.engine.vllm import VllmEngine
 from penchant.engine.vllm_options import VllmOptions
 from penchant.engine.vllm_runner import _arguments
-from penchant.environment import environment
+from penchant.environment import made_by
 from penchant.errors import ConfigError
 from penchant.fetch import fetch
 from penchant.files import write_json
@@ -233,13 +233,12 @@ def main(
     options = {"gpu_memory_utilization": gpu_memory_utilization}
     bench = Bench(model, dtype, users, sample, options)
     kept: dict[str, Any] = {
-        "command": "python eval/speed/vllm_engine.py",
+        **made_by(__file__),
         "model": model,
         "dtype": dtype,
         "seed": SEED,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch_threads": torch.get_num_threads(),
-        "environment": environment(),
         "rows": [],
     }
     measured = {"rank": rank, "labels": labels, "generate": generate, "children": children}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# An argument, or what follows the = of one, that is a path out of the folder the program is run in.
+_ELSEWHERE = re.compile(r"(?<![^=])(/|~/|\.\./).*")
 _PACKAGES = (
     "penchant",
     "torch",
@@ -67,6 +71,17 @@ def commit_of(folder: Path) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None}
     return {"commit": head.stdout.strip(), "changed": bool(changed.stdout.strip())}
+
+
+def made_by(program: str) -> dict[str, Any]:
+    """What stands in every result of a program of this repository (its ``__file__``): the command that made it, the
+    commit, machine and versions. Of a path out of the folder it is run in, the command tells the last part alone.
+    """
+    path = Path(program).resolve()
+    root = next(folder for folder in path.parents if (folder / "pyproject.toml").is_file())
+    told = [_ELSEWHERE.sub(lambda found: Path(found[0]).name, argument) for argument in sys.argv[1:]]
+    command = shlex.join(["python", str(path.relative_to(root)), *told])
+    return {"command": command, **commit_of(path.parent), "environment": environment()}
 
 
 def process_mib(*, peak: bool) -> float:
