@@ -340,6 +340,28 @@ def test_targets_in_ties_and_cold_ones_have_differences_of_their_own(data: Path)
     assert groups == {"all 80 test targets", "the 40 test targets at a time of their own"}, "20 cold ones are few"
 
 
+def test_cold_users_have_differences_of_their_own(data: Path) -> None:
+    """40 users before the test and 35 in it alone, of whose six events the second to the fourth are a cold user's."""
+    old = [(f"u{u}", str(1 + (u + e) % 9), 100 * e + u) for u in range(40) for e in range(10)]
+    new = [(f"v{u}", str(1 + (u + e) % 9), 2000 + 100 * e + u) for u in range(35) for e in range(6)]
+    frame = pl.DataFrame(old + new, schema=["user_id", "item_id", "timestamp"], orient="row")
+    frame.write_csv(data / "toy/events.csv")
+    options = {"valid_from": "1970-01-01T00:13:20Z", "test_from": "1970-01-01T00:33:20Z"}
+    made = task(split={"kind": "global-time", "options": options}, llm_users=0)
+    one = comparison(data, ["popularity", "encoder: ids", BOTH], made)
+    found = one.run()["differences"]["rows"]
+    short = "the 105 test targets of 35 users with 1 to 3 events before them (cold users)"
+    assert {row["group"] for row in found} == {"all 210 test targets of 35 users", short}
+    (row,) = [row for row in found if row["group"] == short and row["system"].endswith("popularity")]
+    ranks = {}
+    for name in (BOTH, "popularity"):
+        finished = one.finished(name, 0)
+        assert finished is not None
+        ranks[name] = finished.ranked.rank.reshape(35, 6)[:, 1:4]
+    gain = {name: np.where(rank <= 10, 1 / np.log2(rank + 1), 0).mean() for name, rank in ranks.items()}
+    assert row["metrics"]["NDCG@10"]["mean"] == pytest.approx(gain[BOTH] - gain["popularity"])
+
+
 def test_a_torn_file_is_made_again(data: Path) -> None:
     fitted(data, ["popularity"])
     stored = data / "results/toy/popularity-seed0.npz"

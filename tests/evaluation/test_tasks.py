@@ -179,12 +179,28 @@ def test_the_games_tasks_share_their_encoders() -> None:
         ("- 1\n", "is no task"),
         ("a: [", "is no task"),
         ("version: 1\nabout: x\ndata: {kind: other, folder: x}\n", "other"),
+        ("version: 1\nabout: x\nsplit: {kind: global-time, options: {test_from: soon}}\n", "test_from|datetime"),
     ],
 )
 def test_a_wrong_task_is_one_error(tmp_path: Path, text: str, what: str) -> None:
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(ConfigError, match=what):
         load_task(str(tmp_path / "wrong.yaml"))
+
+
+@pytest.mark.parametrize("moment", ["2024-05-01", "2024-05-01 00:00:00", "'2024-05-01T00:00:00Z'"])
+def test_moments_of_a_split_may_be_dates_or_texts(tmp_path: Path, moment: str) -> None:
+    (tmp_path / "t").mkdir()
+    rows = "".join(f"{user},{item},2024-0{4 + at}-30\n" for user in "ab" for at, item in enumerate("xyx"))
+    (tmp_path / "t/a.csv").write_text("user_id,item_id,timestamp\n" + rows)
+    (tmp_path / "t/b.csv").write_text("item_id,title\nx,X\ny,Y\n")
+    (tmp_path / "task.yaml").write_text(
+        "version: 1\nabout: x\ndata: {kind: tables, folder: t, interactions: a.csv, items: b.csv}\n"
+        f"split: {{kind: global-time, options: {{valid_from: {moment}, test_from: 2024-06-01}}}}\n"
+    )
+    made = load_task(str(tmp_path / "task.yaml"))
+    split = split_of(made, read_data(made, tmp_path))
+    assert (split.train.sum(), len(split.valid), len(split.test)) == (2, 2, 2)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from penchant.data.history import Targets
 from penchant.data.split import Split
 from penchant.evaluation.notes import counted
 from penchant.evaluation.rows import Ranks, Table, corrected
-from penchant.evaluation.slices import OWN_TIME, by_order
+from penchant.evaluation.slices import COLD_USERS, OWN_TIME, by_history_length, by_order
 from penchant.evaluation.tasks import Asked, Task
 
 # Users without whom a difference says nothing.
@@ -33,8 +33,9 @@ def over_seeds(
     """The first of ``ours`` that was made with every seed, against every other system.
 
     ``ranks`` has, by system and seed, one array (n_targets,); a system that lacks a seed is left out, and said to be.
-    On all targets, on those that no tie in time made a target (where there are any), and on cold items; on none with
-    fewer than 30 users. As JSON: ``rows``, whose p are corrected over all of them (Holm), and ``notes``.
+    On all targets, on those that no tie in time made a target (where there are any), on cold items, and of cold users
+    (1 to 3 events before the target); on none with fewer than 30 users. As JSON: ``rows``, whose p are corrected over
+    all of them (Holm), and ``notes``.
     """
     whole = {name: list(made.values()) for name, made in ranks.items() if set(made) == set(task.seeds)}
     one = next((name for name in ours if name in whole), None)
@@ -59,10 +60,12 @@ def over_seeds(
 
 def _groups(split: Split, targets: Targets) -> list[tuple[str, NDArray[np.int64]]]:
     alone = [part.mask for part in by_order(targets) if part.value == OWN_TIME]
+    short = [part.mask for part in by_history_length(targets) if part.value == COLD_USERS]
     masks = [
         ("all {}", np.ones(len(targets), dtype=np.bool_)),
         *((f"the {{}} {OWN_TIME}", mask) for mask in alone),
         ("the {} that are cold items", split.train_counts[targets.item] == 0),
+        *(("the {} with 1 to 3 events before them (cold users)", mask) for mask in short),
     ]
     found = [(group, np.flatnonzero(mask)) for group, mask in masks]
     return [

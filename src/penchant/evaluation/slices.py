@@ -20,7 +20,8 @@ from penchant.schema import ITEM, USER
 
 Mask = NDArray[np.bool_]
 
-_LENGTHS = (("0", 0, 0), ("1-3 (cold users)", 1, 3), ("4-10", 4, 10), ("11-50", 11, 50), ("over 50", 51, None))
+COLD_USERS = "1-3 (cold users)"
+_LENGTHS = (("0", 0, 0), (COLD_USERS, 1, 3), ("4-10", 4, 10), ("11-50", 11, 50), ("over 50", 51, None))
 OWN_TIME = "at a time of their own"
 _NOTHING = "(none)"
 _OTHER = "(other)"

@@ -7,13 +7,14 @@ another version are not mixed with it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from penchant.data.dataset import Dataset
 from penchant.data.history import Targets
@@ -38,6 +39,13 @@ class SplitTask(_Part):
 
     kind: Literal["leave-last-out", "global-time"]
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of that split")
+
+    @field_validator("options")
+    @classmethod
+    def _moments(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """YAML reads 2024-05-01 as a date, and what stands in quotes as a text."""
+        given = {name: options[name] for name in ("valid_from", "test_from") if options.get(name) is not None}
+        return options | {name: TypeAdapter(datetime).validate_python(value) for name, value in given.items()}
 
 
 class Candidates(_Part):
