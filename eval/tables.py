@@ -311,16 +311,15 @@ def tasks_of(results: Path) -> list[dict[str, Any]]:
     return [read_json(path) for path in (results / f"{task}.json" for task in TASKS) if path.is_file()]
 
 
-def summary(results: Path) -> str:
+def summary(tasks: list[dict[str, Any]]) -> str:
     """The README's part."""
-    tasks = tasks_of(results)
     return "\n".join([*_LEGEND, *overview(tasks), *added(tasks)]).strip() + "\n"
 
 
-def tables(results: Path) -> str:
-    """All whose results are there."""
+def tables(tasks: list[dict[str, Any]], results: Path) -> str:
+    """All tables: of the tasks, and of the other programs whose results are there."""
     lines = ["# Results", "", "Made by `python eval/tables.py` from the JSON files beside this one.", "", *_LEGEND]
-    for result in tasks_of(results):
+    for result in tasks:
         lines += block(result)
     found = {
         path.stem.removeprefix("finetuning-"): read_json(path) for path in sorted(results.glob("finetuning-*.json"))
@@ -338,11 +337,12 @@ def main(
 ) -> None:
     """Put the tables where they belong."""
     results, readme = ROOT / "eval" / "results", ROOT / "README.md"
+    tasks = tasks_of(results)
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     made = {
-        readme: f"{before}{BEGIN}\n{summary(results)}{END}{after}",
-        results / "README.md": tables(results),
+        readme: f"{before}{BEGIN}\n{summary(tasks)}{END}{after}",
+        results / "README.md": tables(tasks, results),
     }
     for path, text in made.items():
         if not check:

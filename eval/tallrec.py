@@ -23,7 +23,7 @@ import typer
 
 from penchant import __version__
 from penchant.engine.folders import fingerprint_of, resolve_model
-from penchant.environment import commit_of, environment
+from penchant.environment import commit_of, made_by
 from penchant.errors import ConfigError
 from penchant.evaluation.readers import YesNo, YesNoRow, folder_of, read_yes_no
 from penchant.evaluation.statistics import Spread
@@ -89,23 +89,12 @@ def main(
     write_json(
         out,
         {
-            "command": " ".join(
-                [
-                    "python eval/tallrec.py --data-dir data",
-                    *(f"--size {n}" for n in size),
-                    f"--seeds {seeds}",
-                    *([f"--config {config.as_posix()}"] if config != _CONFIG else []),
-                    *context.args,
-                    "--work runs/tallrec --out eval/results/tallrec-movie.json",
-                ]
-            ),
+            **made_by(__file__),
             "auc": summary,
             "published": [one.model_dump(mode="json") for one in task.published],
             "runs": runs,
             "settings": base.model_dump(mode="json", exclude=told),
             "files": files,
-            **commit_of(Path(__file__).resolve().parent),
-            "environment": environment(),
         },
     )
     typer.echo(str(out))

@@ -26,21 +26,16 @@ class Limits:
     vocabulary: int
 
 
-_TOO_LONG = "keep less history (max_history, prompt_tokens), or raise max_model_len where it was lowered"
-
-
-def encoded(
-    codec: TextCodec, prompts: Sequence[Prompt | str], limits: Limits, behind: int = 0, too_long: str = _TOO_LONG
-) -> list[list[int]]:
+def encoded(codec: TextCodec, prompts: Sequence[Prompt | str], limits: Limits, behind: int = 0) -> list[list[int]]:
     """Token ids of each prompt; DataError for an empty one, one with a token that the model has not, or where
-    ``behind`` more tokens would pass its context (``too_long`` says what helps then).
+    ``behind`` more tokens would pass its context.
     """
     out = [codec.encode(prompt) for prompt in prompts]
     for ids in out:
         if not ids:
             raise DataError("an empty prompt has no token to go on from", remedy="give it some text")
         _check_tokens(np.array(ids), limits, "prompt")
-        _check_length(len(ids) + behind, limits.context, too_long)
+        _check_length(len(ids) + behind, limits.context)
     return out
 
 
@@ -79,19 +74,13 @@ def _check_tokens(ids: NDArray[np.integer], limits: Limits, where: str) -> None:
         )
 
 
-def encoded_texts(codec: TextCodec, texts: Sequence[Prompt | str], limits: Limits) -> list[list[int]]:
-    """The same of texts that are to be embedded, which have no history."""
-    return encoded(
-        codec, texts, limits, too_long="shorten the text (an item's description, say), or leave that field out"
-    )
-
-
-def _check_length(n: int, context: int, too_long: str) -> None:
+def _check_length(n: int, context: int) -> None:
     if n > context:
         raise DataError(
             f"{n} tokens, {n - context} over the model's context of {context}",
             where="prompt",
-            remedy=too_long,
+            remedy="shorten the text (an item's that is embedded; of a prompt the history: max_history, "
+            "prompt_tokens), or raise max_model_len where it was lowered",
         )
 
 

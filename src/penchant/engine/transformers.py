@@ -17,17 +17,7 @@ from numpy.typing import NDArray
 from penchant.adapter_card import check_vectors, trained_part
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
-from penchant.engine.common import (
-    Limits,
-    Work,
-    check_finite,
-    check_pooling,
-    check_search,
-    encoded,
-    encoded_texts,
-    paired,
-    searches,
-)
+from penchant.engine.common import Limits, Work, check_finite, check_pooling, check_search, encoded, paired, searches
 from penchant.engine.search import Search
 from penchant.engine.tree import Branch, TreeRunner, branch_of, tokens_at
 from penchant.errors import ConfigError
@@ -273,7 +263,7 @@ class TransformersEngine:
                 f"layer {layer} of a model with {self.n_layers}", remedy=f"use 0 to {self.n_layers}, or -1 for the last"
             )
         check_vectors(trained_part(self.source), layer % (self.n_layers + 1), pooling)
-        ids = encoded_texts(self.codec, texts, self._limits)
+        ids = encoded(self.codec, texts, self._limits)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = np.empty((len(ids), self._hidden_size), dtype=np.float32)
         for group in self._batches([len(ids[i]) for i in order]):

@@ -28,16 +28,7 @@ from penchant.catalog_trie import CatalogTrie
 from penchant.engine.adapters import check_request, kept_adapter
 from penchant.engine.asking import Ask, Known
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
-from penchant.engine.common import (
-    Limits,
-    check_finite,
-    check_pooling,
-    check_search,
-    encoded,
-    encoded_texts,
-    paired,
-    searches,
-)
+from penchant.engine.common import Limits, check_finite, check_pooling, check_search, encoded, paired, searches
 from penchant.engine.folders import resolve_adapter
 from penchant.engine.search import Search
 from penchant.engine.vllm_options import VllmOptions
@@ -240,7 +231,7 @@ class VllmEngine:
                 "a transformers engine beside this one: Recommender.load(run, engine, embedder=load_engine(model))",
             )
         check_vectors(trained_part(self.source), self.n_layers, pooling)
-        ids = encoded_texts(self.codec, texts, self._limits)
+        ids = encoded(self.codec, texts, self._limits)
         order = sorted(range(len(ids)), key=lambda i: ids[i])
         out = np.empty((len(ids), self._hidden_size), dtype=np.float32)
         for start in range(0, len(order), _REQUESTS):
