@@ -31,15 +31,15 @@ class _FullSoftmax(torch.autograd.Function):
         rows = logits_held(len(items)) // len(items)
         for a in range(0, len(states), rows):
             part = slice(a, a + rows)
-            chance = (factor_states[part] @ factor_items.T).float()
-            at = (torch.arange(len(chance), device=chance.device), target[part])
-            own = chance[at]
-            largest = chance.max(dim=1).values
-            chance = chance.sub_(largest[:, None]).exp_()
-            total = chance.sum(dim=1)
-            summed += ((total.log() + largest - own) * weight[part]).sum()
+            logits = (factor_states[part] @ factor_items.T).float()
+            at = (torch.arange(len(logits), device=logits.device), target[part])
+            own, largest = logits[at], logits.amax(dim=1)
+            # One fused pass over the logits; its largest value, never below 1 / n_items, gives the normaliser back.
+            chance = torch.softmax(logits, dim=1)
+            total = largest - chance.amax(dim=1).log()
+            summed += ((total - own) * weight[part]).sum()
             # d loss / d logits = weight * (softmax - one at the target)
-            chance.mul_((weight[part] / total)[:, None])
+            chance.mul_(weight[part][:, None])
             chance[at] -= weight[part]
             slope = chance.to(dtype)
             slope_states[part] = slope @ factor_items
