@@ -22,7 +22,7 @@ def check(interactions: Source, items: Source, options: ReadOptions | None = Non
     options = ReadOptions.of(options, **kw)
     findings = Findings(keep_going=True)
     events, catalogue, _ = read_both(interactions, items, options, findings)
-    return [*findings.rules, *_event_warnings(events), *_item_warnings(catalogue)]
+    return [*findings.rules, *_event_warnings(events), *_item_warnings(catalogue), *_both_warnings(events, catalogue)]
 
 
 def _event_warnings(events: Rows | None) -> list[Rule]:
@@ -45,6 +45,13 @@ def _item_warnings(items: Rows | None) -> list[Rule]:
         _warning("titles tell items apart", rules.shared_titles(frame, where)),
         _warning("titles hold no control tokens", rules.control_titles(frame, where)),
     ]
+
+
+def _both_warnings(events: Rows | None, items: Rows | None) -> list[Rule]:
+    if events is None or items is None:
+        return []
+    problem = rules.strange_titles(events.frame, items.frame, items.where)
+    return [_warning("titles go with what follows what", problem)]
 
 
 def _warning(name: str, problem: Problem | None) -> Rule:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import numpy as np
 import polars as pl
 
 from penchant.data.findings import Problem, some_ids
+from penchant.data.likeness import words_shared
 from penchant.data.tables import ROW
 from penchant.data.times import TimeUnit, fitting_unit
 from penchant.schema import ITEM, RATING, TIME, TITLE, USER
@@ -262,6 +264,22 @@ def control_titles(items: pl.DataFrame, where: str) -> Problem | None:
         where,
         "holding text like a control token",
         "nothing: it is treated as data",
+    )
+
+
+def strange_titles(events: pl.DataFrame, items: pl.DataFrame, where: str) -> Problem | None:
+    """Titles say something of what follows, unless they are another numbering's."""
+    place_of = items.select(ITEM).unique(maintain_order=True).with_row_index("place")
+    ordered = events.select(USER, ITEM, TIME).join(place_of, on=ITEM).sort(USER, TIME, maintain_order=True)
+    titles = place_of.join(items.unique(ITEM, keep="first"), on=ITEM, how="left", maintain_order="left")[TITLE]
+    user = ordered[USER].rle_id().to_numpy()
+    shared = words_shared(user, ordered["place"].to_numpy().astype(np.int64), titles.fill_null("").to_list())
+    if shared is None or not shared.strange:
+        return None
+    return Problem(
+        str(shared),
+        place(where, None, TITLE),
+        "check that the titles are of these item ids, not of another numbering; if they are, text will add little",
     )
 
 

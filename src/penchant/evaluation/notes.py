@@ -6,10 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penchant.data.history import Targets
+from penchant.data.likeness import words_shared
 from penchant.data.split import Split
 from penchant.evaluation.ranking import Seen
 from penchant.evaluation.rows import Average
 from penchant.evaluation.systems import Queries
+from penchant.schema import TITLE
 
 
 def protocol_notes(
@@ -41,6 +43,10 @@ def protocol_notes(
         notes.append(
             "leave-last-out: whatever is trained on all users has seen other users' events later than a target"
         )
+    titles = split.dataset.items[TITLE].to_list()
+    shared = words_shared(log.user, log.item, titles)
+    if shared is not None and shared.strange:
+        notes.append(f"{shared}: are the titles of these items, or of another numbering?")
     repeated = _repeated(targets)
     if repeated and seen == "mask" and candidates is None:
         notes.append(
