@@ -501,6 +501,16 @@ def test_the_full_model_is_the_encoder_that_validation_chose(data: Path) -> None
     assert fitted(data, ["full"], made) == ["encoder: ids + text 0"]
 
 
+def test_nobody_to_ask_is_no_weight_to_choose(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def weighed(*given: Any) -> None:
+        raise AssertionError("the LLM's weight was chosen")
+
+    monkeypatch.setattr(Comparison, "_full", weighed)
+    rows = comparison(data, ["popularity", BOTH, "full"], task(llm_users=0)).run()["runs"][0]["rows"]
+    assert {"popularity", BOTH} <= {row["system"] for row in rows}
+    assert not any("llm" in row["system"] for row in rows)
+
+
 def test_another_llm_ranks_behind_the_vectors_of_the_first(data: Path) -> None:
     class Tuned(FakeEngine):
         def __init__(self) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-import numpy as np
 import polars as pl
 
 from penchant.data.findings import Problem, some_ids
 from penchant.data.likeness import words_shared
+from penchant.data.order import id_ranks, sort_interactions
 from penchant.data.tables import ROW
 from penchant.data.times import TimeUnit, fitting_unit
 from penchant.schema import ITEM, RATING, TIME, TITLE, USER
@@ -269,11 +269,10 @@ def control_titles(items: pl.DataFrame, where: str) -> Problem | None:
 
 def strange_titles(events: pl.DataFrame, items: pl.DataFrame, where: str) -> Problem | None:
     """Titles say something of what follows, unless they are another numbering's."""
-    place_of = items.select(ITEM).unique(maintain_order=True).with_row_index("place")
-    ordered = events.select(USER, ITEM, TIME).join(place_of, on=ITEM).sort(USER, TIME, maintain_order=True)
-    titles = place_of.join(items.unique(ITEM, keep="first"), on=ITEM, how="left", maintain_order="left")[TITLE]
-    user = ordered[USER].rle_id().to_numpy()
-    shared = words_shared(user, ordered["place"].to_numpy().astype(np.int64), titles.fill_null("").to_list())
+    catalogue = items.unique(ITEM, keep="first", maintain_order=True)
+    ordered = sort_interactions(events.filter(pl.col(ITEM).is_in(catalogue[ITEM].implode())), catalogue)
+    item = id_ranks(ordered[ITEM], catalogue[ITEM])
+    shared = words_shared(ordered[USER].rle_id().to_numpy(), item.to_numpy(), catalogue[TITLE].to_list())
     if shared is None or not shared.strange:
         return None
     return Problem(

@@ -252,7 +252,9 @@ class Comparison(Prepared):
         made = {name: self.finished(name, seed) for name in self.systems if name != FULL}
         done = {name: one for name, one in made.items() if one is not None}
         protocol = self.asked.protocol(self.task)
-        full = BOTH in done and FULL in self.systems and self._time_left(f"the full model, seed {seed}")
+        # Without users to ask there is no LLM stage to choose a weight for.
+        full = BOTH in done and FULL in self.systems and self.task.llm_users > 0
+        full = full and self._time_left(f"the full model, seed {seed}")
         kind = FULL if full else "table"
         parts = {name: one.record["fit"] for name, one in done.items()}
         ranker = {"ranker": self.ranker.fingerprint} if full and self.load_ranker is not None else {}

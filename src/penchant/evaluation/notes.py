@@ -43,8 +43,7 @@ def protocol_notes(
         notes.append(
             "leave-last-out: whatever is trained on all users has seen other users' events later than a target"
         )
-    titles = split.dataset.items[TITLE].to_list()
-    shared = words_shared(log.user, log.item, titles)
+    shared = words_shared(log.user, log.item, split.dataset.items[TITLE].to_list())
     if shared is not None and shared.strange:
         notes.append(f"{shared}: are the titles of these items, or of another numbering?")
     repeated = _repeated(targets)

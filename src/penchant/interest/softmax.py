@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-# Logits held at once: 1M float32 are 4 MB, which stay in the processor's cache from the product to the gradient.
+# Logits held at once: 1M float32 are 4 MB, and their softmax as many; both stay in the processor's cache.
 _HELD = 1_000_000
 
 
