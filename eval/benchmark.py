@@ -73,7 +73,7 @@ def main(
     model: Annotated[str, typer.Option(help="A known name, a model's folder, or a hub id.")] = "smollm2-135m",
     adapter: Annotated[str | None, typer.Option(help="A peft adapter, for vectors and ranking.")] = None,
     ranker: Annotated[str | None, typer.Option(help="A peft adapter that ranks; vectors are made without it.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="As `penchant fit`: auto, bfloat16, float16 or float32.")] = "auto",
 ) -> None:
     """Run each task with each of its seeds; go on where an earlier run of the same was cut off."""
     names = [*(SUITES[suite] if suite else []), *(tasks or [])]

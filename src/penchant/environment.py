@@ -15,6 +15,8 @@ from typing import Any
 
 # An argument, or what follows the = of one, that is a path out of the folder the program is run in.
 _ELSEWHERE = re.compile(r"(?<![^=])(/|~/|\.\./).*")
+# What decides how fast a processor multiplies, as Linux names it (the last: ARM's).
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")
 _PACKAGES = (
     "penchant",
     "torch",
@@ -40,11 +42,13 @@ _PACKAGES = (
 def environment() -> dict[str, Any]:
     """Machine and versions, for every number that is kept.
 
-    ``cores_allowed`` are those that this process may run on, ``threads`` what OMP_NUM_THREADS says (None: nothing).
+    ``instructions`` are those that decide how fast the processor multiplies (Linux alone tells), ``cores_allowed`` the
+    cores that this process may run on, ``threads`` what OMP_NUM_THREADS says (None: nothing).
     """
     return {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": _of_cpuinfo("model name") or platform.processor(),
+        "instructions": [one for one in _INSTRUCTIONS if one in _of_cpuinfo("flags", "Features").split()],
         "cores": os.cpu_count(),
         "cores_allowed": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -109,12 +113,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def _of_cpuinfo(*names: str) -> str:
+    """What Linux says of the first processor under one of the names; nothing elsewhere."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as handle:
             for line in handle:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+                name, _, value = line.partition(":")
+                if name.strip() in names:
+                    return value.strip()
     except OSError:
-        return platform.processor()
-    return platform.processor()
+        return ""
+    return ""

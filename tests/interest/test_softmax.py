@@ -43,8 +43,13 @@ def test_value_and_gradients_are_those_of_weighted_cross_entropy(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * max(1.0, scale))
 
 
-def test_bfloat16_products_stay_near_float32s() -> None:
+@pytest.mark.parametrize("computes", [True, False])
+def test_bfloat16_products_stay_near_float32s_and_are_theirs_where_they_would_be_emulated(
+    computes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(softmax, "computes_bfloat16", lambda device: computes)
     states, items, target, _ = _both(200, 300, 64, 0, 0.3)
     exact = torch.autograd.grad(full_softmax_loss(states, items, target), items)[0]
     loose = torch.autograd.grad(full_softmax_loss(states, items, target, dtype=torch.bfloat16), items)[0]
+    assert torch.equal(exact, loose) is not computes
     assert float((exact - loose).norm() / exact.norm()) < 0.02

@@ -140,7 +140,7 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path, content: str | None, word
         merge(tmp_path / "x", tmp_path / "merged")
 
 
-@pytest.mark.parametrize("dtype", ["int8", "nonsense"])
+@pytest.mark.parametrize("dtype", ["int8", "nonsense", "auto"])
 def test_an_unknown_dtype_is_refused(adapter: Path, tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(ConfigError, match="unknown dtype"):
         merge(adapter, tmp_path / "merged", dtype=dtype)

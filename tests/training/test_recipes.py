@@ -327,6 +327,18 @@ def test_bfloat16_trains_and_keeps_the_adapter_in_float32(toy: Dataset, byte_fol
     assert all(np.isfinite(losses_of(out)))
 
 
+@pytest.mark.parametrize(("computes", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_run_leaves_the_numbers_that_auto_was(
+    toy: Dataset, byte_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computes: bool, dtype: str
+) -> None:
+    monkeypatch.setattr("penchant.engine.device.computes_bfloat16", lambda device: computes)
+    finetune("next_item", settings(byte_folder, dtype="auto", max_steps=1), toy, tmp_path / "run")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dtype"] == dtype
+    monkeypatch.setattr("penchant.engine.device.computes_bfloat16", lambda device: not computes)
+    with pytest.raises(ConfigError, match="dtype"):
+        finetune("next_item", settings(byte_folder, dtype="auto", max_steps=1), toy, tmp_path / "run", resume=True)
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """NF4 quantises 64 weights of a row together: a model with rows of at least as many."""

@@ -38,7 +38,7 @@ def doctor_command() -> None:
         else:
             line(name, module.__version__)
     if not broken:
-        from penchant.engine.loading import describe_device
+        from penchant.engine.device import describe_device
 
         line("device", describe_device())
     line("memory", _memory())

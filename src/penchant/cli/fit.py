@@ -34,7 +34,10 @@ def fit_command(
     ranker: Annotated[
         str | None, typer.Option(help="A peft adapter that ranks and generates; the vectors are made without it.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str,
+        typer.Option(help="bfloat16, float16 or float32; auto: bfloat16 where the device computes it, else float32."),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     split: Annotated[
         SplitKind, typer.Option(help="none: everything is learnt from, bar a validation event a user.")

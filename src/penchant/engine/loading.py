@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from penchant.engine.adapters import merged_folder, require_own_base, with_adapter
+from penchant.engine.device import DType, resolve_device, resolve_dtype
 from penchant.engine.folders import fingerprint_of, require_weights, resolve_adapter, resolve_model
 from penchant.errors import ConfigError, ModelError
 
@@ -20,15 +21,13 @@ if TYPE_CHECKING:
     from penchant.engine.vllm import VllmEngine
     from penchant.engine.vllm_options import VllmOptions
 
-DType = Literal["auto", "bfloat16", "float16", "float32"]
-
 
 @overload
 def load_engine(
     model: str | Path,
     adapter: str | Path | None = None,
     *,
-    dtype: DType = "bfloat16",
+    dtype: DType = "auto",
     device: str = "auto",
     backend: Literal["transformers"] = "transformers",
     max_batch_tokens: int = 4096,
@@ -38,7 +37,7 @@ def load_engine(
     model: str | Path,
     adapter: str | Path | None = None,
     *,
-    dtype: DType = "bfloat16",
+    dtype: DType = "auto",
     device: str = "auto",
     backend: Literal["vllm"],
     options: VllmOptions | Mapping[str, Any] | None = None,
@@ -47,7 +46,7 @@ def load_engine(
     model: str | Path,
     adapter: str | Path | None = None,
     *,
-    dtype: DType = "bfloat16",
+    dtype: DType = "auto",
     device: str = "auto",
     backend: Literal["transformers", "vllm"] = "transformers",
     max_batch_tokens: int = 4096,
@@ -56,45 +55,46 @@ def load_engine(
     """Load a causal language model as an engine.
 
     ``model`` is a name `penchant fetch` knows (``smollm2-135m``), a folder, or a hub id; ``adapter`` a
-    folder or hub id in peft's format. ``device`` "auto" takes CUDA where there is one. Weights come from
-    safetensors only, and no code of the model's repository is run. ModelError where any of it is missing
-    or where the adapter changes nothing.
+    folder or hub id in peft's format. ``device`` "auto" takes CUDA where there is one, and ``dtype`` "auto" bfloat16
+    where that device computes it, else float32 (processors without it emulate it, many times slower); which of them it
+    was stands in the fingerprint and in ``source``. Weights come from safetensors only, and no code of the model's
+    repository is run. ModelError where any of it is missing or where the adapter changes nothing.
 
     ``backend`` "transformers" runs anywhere and bounds a forward by ``max_batch_tokens``; "vllm" serves fast and takes
     the ``options`` of VllmOptions. Both have the same fingerprint: in float32 one stands in for the other.
     """
     if backend not in ("transformers", "vllm"):
         raise ConfigError(f"unknown backend {backend!r}", remedy="use backend='transformers' or 'vllm'")
-    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+    if dtype not in get_args(DType):
         raise ConfigError(f"unknown dtype {dtype!r}", remedy="use auto, bfloat16, float16 or float32")
     if options is not None and backend != "vllm":
         raise ConfigError(f"options are vLLM's, and the backend is {backend!r}", remedy="give backend='vllm' too")
     folder = resolve_model(model)
     require_weights(folder)
+    where = resolve_device(device)
+    numbers = resolve_dtype(dtype, where)
     source = {
         "model": str(model),
         "adapter": None if adapter is None else str(adapter),
-        "dtype": dtype,
+        "dtype": numbers,
         "device": device,
         "backend": backend,
     }
     adapter_folder = None if adapter is None else resolve_adapter(adapter)
     fingerprint = "+".join(fingerprint_of(part) for part in (folder, adapter_folder) if part is not None)
     if backend == "vllm":
-        return _load_vllm(folder, adapter_folder, fingerprint, dtype, device, options, source)
+        return _load_vllm(folder, adapter_folder, fingerprint, numbers, device, options, source)
     from penchant.engine.transformers import TransformersEngine
 
-    where = resolve_device(device)
     tokenizer = load_tokenizer(folder)
-    loaded = move(load_weights(folder, "auto" if dtype == "auto" else getattr(torch, dtype)), where)
+    loaded = move(load_weights(folder, getattr(torch, numbers)), where)
     if adapter_folder is not None:
         require_own_base(adapter_folder, folder)
         loaded = with_adapter(loaded, adapter_folder).get_base_model()
-    name = str(loaded.dtype).removeprefix("torch.")
     return TransformersEngine(
         loaded,
         tokenizer,
-        fingerprint=f"{fingerprint}:{name}",
+        fingerprint=f"{fingerprint}:{numbers}",
         max_batch_tokens=max_batch_tokens,
         source=source,
     )
@@ -104,7 +104,7 @@ def _load_vllm(
     folder: Path,
     adapter: Path | None,
     fingerprint: str,
-    dtype: DType,
+    dtype: str,
     device: str,
     options: VllmOptions | Mapping[str, Any] | None,
     source: dict[str, Any],
@@ -122,16 +122,14 @@ def _load_vllm(
     except Exception as error:  # as below
         raise _not_loaded(folder, error) from error
     tokenizer = load_tokenizer(folder)
-    # vLLM's own "auto" would run float32 weights in 16 bits.
-    name = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
     quantised = "" if chosen.quantization is None else f"/{chosen.quantization}"
     return VllmEngine(
-        folder if adapter is None else merged_folder(folder, adapter, name),
+        folder if adapter is None else merged_folder(folder, adapter, dtype),
         tokenizer,
-        dtype=name,
+        dtype=dtype,
         device=device,
         options=chosen,
-        fingerprint=f"{fingerprint}:{name}{quantised}",
+        fingerprint=f"{fingerprint}:{dtype}{quantised}",
         n_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
@@ -148,7 +146,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return found
 
 
-def load_weights(folder: Path, dtype: torch.dtype | Literal["auto"], **more: Any) -> PreTrainedModel:
+def load_weights(folder: Path, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
     """The folder's causal language model, from safetensors alone; ModelError where it can't be read or lacks weights.
 
     ``more`` goes to ``from_pretrained``: a quantisation, say.
@@ -193,29 +191,6 @@ def _not_loaded(folder: Path, error: Exception) -> ModelError:
         where=str(folder),
         remedy="the folder needs config.json, safetensors weights and a tokenizer, all of one model",
     )
-
-
-def resolve_device(device: str) -> torch.device:
-    """The torch device of that name; "auto" is CUDA where there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {device!r}", remedy="use auto, cpu or cuda") from error
-    if found.type == "meta":
-        raise ConfigError("device meta holds shapes and no numbers", remedy="use auto, cpu or cuda")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda asked for, and torch sees none", remedy="use device='cpu' or 'auto'")
-    return found
-
-
-def describe_device() -> str:
-    """One line on what "auto" would run on, with free memory in GiB."""
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-    return f"CPU, {torch.get_num_threads()} threads (torch sees no CUDA device)"
 
 
 def describe_model(folder: Path) -> dict[str, int]:

@@ -91,7 +91,9 @@ class EncoderConfig(BaseModel):
     learning_rate: float = Field(default=2e-3, gt=0, description="AdamW's peak, after warm-up, before cosine decay")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW")
     softmax_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the products over the catalogue in training (bfloat16: faster on new CPUs)"
+        default="float32",
+        description="of the products over the catalogue in training; bfloat16: faster where the device computes it, "
+        "float32 elsewhere",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of initial weights, dropout and the order of batches")
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from penchant.engine.device import computes_bfloat16
+
 # Logits held at once: 1M float32 are 4 MB, and their softmax as many; both stay in the processor's cache.
 _HELD = 1_000_000
 
@@ -65,8 +67,11 @@ def full_softmax_loss(
 
     ``states`` (n, d) and ``items`` (m, d) float32, ``target`` (n,), ``weight`` (n,) or None for ones. The n by m
     logits are never held: each piece gives its loss and its gradient, and goes. ``dtype`` is what the three products
-    are taken in; sums, exponentials and the loss are float32 in any case.
+    are taken in, float32 or bfloat16, which is float32 where the device would only emulate it; sums, exponentials and
+    the loss are float32 in any case.
     """
+    if dtype == torch.bfloat16 and not computes_bfloat16(states.device):
+        dtype = torch.float32
     weight = torch.ones(len(states), dtype=states.dtype, device=states.device) if weight is None else weight
     apply: Any = _FullSoftmax.apply
     return apply(states, items, target, weight / weight.sum(), dtype)

@@ -42,9 +42,10 @@ class TrainConfig(BaseModel):
     prompts: str | None = Field(default=None, description="folder of templates that replace the shipped ones")
     model: str = Field(default="smollm2-135m", description="a known name, a model's folder, or a hub id")
     start_from: str | None = Field(default=None, description="an adapter to go on from, such as another recipe's")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16",
-        description="of the base weights; method full keeps and saves float32, and its steps compute in this",
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="of the base weights; auto: bfloat16 where the device computes it, else float32; method full keeps "
+        "and saves float32, and its steps compute in this",
     )
     device: str = Field(default="auto", description="auto, cpu or cuda")
     method: Literal["lora", "full"] = Field(default="lora", description="an adapter, or all weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from transformers import AutoTokenizer
 from penchant.adapter_card import CARD, read_card
 from penchant.engine.adapters import merged_model, require_own_base
 from penchant.engine.folders import resolve_model
-from penchant.engine.loading import DType, load_engine
+from penchant.engine.loading import load_engine
 from penchant.errors import ConfigError, ModelError, StorageError
 from penchant.files import read_json, staged_folder, write_json
 
+Saved = Literal["bfloat16", "float16", "float32"]
 # What the scores are compared on: prompts and continuations of many kinds, one token and more.
 _PROMPTS = ("One user's history, in the order of time, one title a line:\n", "a b c d e f g", "1, 2, 3, 4", "The")
 _TEXTS = ("Heat (1995)\n", "Toy Story (1995)\n", "The Good, the Bad and the Ugly\n", "5, 6", " quick brown fox", "A")
@@ -31,7 +33,7 @@ class Merged:
     dtype: str
 
 
-def merge(adapter: Path, out: Path, *, base: str | None = None, dtype: DType = "bfloat16") -> Merged:
+def merge(adapter: Path, out: Path, *, base: str | None = None, dtype: Saved = "bfloat16") -> Merged:
     """Write a plain model of base and adapter to ``out``, saved as ``dtype``.
 
     ``base`` defaults to the adapter's own. The merge itself is done in float32 from the unquantised base:
@@ -39,23 +41,22 @@ def merge(adapter: Path, out: Path, *, base: str | None = None, dtype: DType = "
     """
     if out.exists():
         raise StorageError("stands there already", where=str(out), remedy="give a new folder (--out)")
-    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+    if dtype not in get_args(Saved):
         raise ConfigError(f"unknown dtype {dtype!r}", where="merge", remedy="use bfloat16, float16 or float32")
     name = base or _base(adapter)
     folder = resolve_model(name)
     require_own_base(adapter, folder)
-    saved = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    whole = merged_model(folder, adapter, saved)
+    whole = merged_model(folder, adapter, getattr(torch, dtype))
     with staged_folder(out) as stage:
         whole.save_pretrained(stage)
         AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(stage)
         moved = _moved(name, adapter, stage)
         card = read_card(adapter) or {}
-        write_json(stage / CARD, {**card, "merged": {"dtype": str(saved).removeprefix("torch."), **moved}})
+        write_json(stage / CARD, {**card, "merged": {"dtype": dtype, **moved}})
         for path in sorted((adapter / "prompts").glob("*.jinja")):
             (stage / "prompts").mkdir(exist_ok=True)
             (stage / "prompts" / path.name).write_bytes(path.read_bytes())
-    return Merged(out, moved["mean_moved_nats"], moved["max_moved_nats"], str(saved).removeprefix("torch."))
+    return Merged(out, moved["mean_moved_nats"], moved["max_moved_nats"], dtype)
 
 
 def _base(adapter: Path) -> str:

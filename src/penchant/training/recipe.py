@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from penchant.adapter_card import check_templates
 from penchant.data.provenance import Own, check_rows
 from penchant.data.split import Split
+from penchant.engine.device import resolve_device, resolve_dtype
 from penchant.engine.folders import fingerprint_of, resolve_model
 from penchant.engine.loading import load_tokenizer
 from penchant.errors import ConfigError
@@ -80,7 +81,10 @@ class Recipe:
             raise ConfigError(
                 f"wants settings of type {kind.__name__}, and got {type(self.config).__name__}", where=self.name
             )
-        self.config = started(self.config)
+        config = started(self.config)
+        # What "auto" is on this machine stands in what the run leaves: it cannot go on with other numbers elsewhere.
+        numbers = resolve_dtype(config.dtype, resolve_device(config.device))
+        self.config = config.model_copy(update={"dtype": numbers})
         self.templates = Templates(self.config.prompts)
         self.base = resolve_model(self.config.model)
         self.tokenizer = load_tokenizer(self.base)

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from penchant.engine.adapters import require_own_base, with_adapter
+from penchant.engine.device import resolve_device, resolve_dtype
 from penchant.engine.folders import resolve_adapter, resolve_model
-from penchant.engine.loading import load_weights, move, resolve_device
+from penchant.engine.loading import load_weights, move
 from penchant.errors import ConfigError, ModelError
 from penchant.interest.vectors import default_layer
 from penchant.training.batch import Batch
@@ -120,7 +121,7 @@ def load_student(config: TrainConfig) -> Student:
     """Base, quantised where asked, with a new adapter or ``start_from``'s; the adapter's own weights are float32."""
     folder = resolve_model(config.model)
     device = resolve_device(config.device)
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, resolve_dtype(config.dtype, device))
     extra: dict[str, Any] = {}
     if config.quantization != "none":
         _require_bitsandbytes()
