@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from penchant.adapter_card import check_vectors, trained_part
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
+from penchant.engine.blocks import States
 from penchant.engine.common import Limits, Work, check_finite, check_pooling, check_search, encoded, paired, searches
 from penchant.engine.search import Search
 from penchant.engine.tree import Branch, TreeRunner, branch_of, tokens_at
@@ -63,6 +64,7 @@ class TransformersEngine:
         self._limits = Limits(self.context_length, int(self._tree.head.weight.shape[0]))
         self._hidden_size = int(config.hidden_size)
         self._n_layers = int(config.num_hidden_layers)
+        self._states = States(self._tree.base, self._n_layers)
         self._packed = True  # False: the plain way, one full sequence a candidate
         self._self_test()
 
@@ -262,7 +264,8 @@ class TransformersEngine:
             raise ConfigError(
                 f"layer {layer} of a model with {self.n_layers}", remedy=f"use 0 to {self.n_layers}, or -1 for the last"
             )
-        check_vectors(trained_part(self.source), layer % (self.n_layers + 1), pooling)
+        layer %= self.n_layers + 1
+        check_vectors(trained_part(self.source), layer, pooling)
         ids = encoded(self.codec, texts, self._limits)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = np.empty((len(ids), self._hidden_size), dtype=np.float32)
@@ -282,13 +285,8 @@ class TransformersEngine:
             batch[i, : len(row)] = torch.tensor(row)
             real[i, : len(row)] = 1
         real = real.to(self.device)
-        states = (
-            self._tree.base(
-                input_ids=batch.to(self.device), attention_mask=real, use_cache=False, output_hidden_states=True
-            )
-            .hidden_states[layer]
-            .float()
-        )
+        inputs = {"input_ids": batch.to(self.device), "attention_mask": real}
+        states = self._states.at(layer, **inputs).float()
         if pooling == "mean":
             vectors = (states * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
         else:
@@ -322,6 +320,7 @@ class TransformersEngine:
         other = sorted({t % int(tree.head.weight.shape[0]) for t in (5, 17, 29, 60)})
         sequences = [other, other[:2] + other[:1], other[1:], other[:1]]
         ids = torch.tensor([[*prompt, *other]], device=self.device)
+        self._states.check(ids)
         whole = tree.model(input_ids=ids, use_cache=False).logits.float()
         # A head that scales or caps its logits is more than one matrix.
         parts = tree.logits(tree.hidden(ids, use_cache=False)).float()

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from penchant.engine.adapters import require_own_base, with_adapter
+from penchant.engine.blocks import blocks_of
 from penchant.engine.device import resolve_device, resolve_dtype
 from penchant.engine.folders import resolve_adapter, resolve_model
 from penchant.engine.loading import load_weights, move
@@ -185,7 +186,7 @@ def _freeze_above(model: Any, layer: int, n_blocks: int) -> None:
 
     Also the upper blocks of an adapter that training goes on from: they stay as they are.
     """
-    blocks = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_blocks), None)
+    blocks = blocks_of(model, n_blocks)
     if blocks is None:
         raise ModelError(
             f"has no list of its {n_blocks} blocks to be found",
