@@ -15,7 +15,7 @@ from penchant.data.split import Split
 from penchant.interest.fit import inputs_of, training_behaviours
 from penchant.interest.softmax import logits_held
 from penchant.interest.train import batch_size, train_encoder, windows
-from penchant.interest.vectors import field_texts
+from penchant.interest.vectors import default_layer, field_texts
 from penchant.interest.words import read_events
 from penchant.prompt import Templates
 from penchant.rank import Ranker
@@ -76,9 +76,10 @@ def estimate_fit(
         embedded = sum(_tokens(engine, set(column)) for column in field_texts(items, config.fields))
 
     some = rng.choice(len(texts), size=min(_SAMPLE_ITEMS, len(texts)), replace=False)
-    engine.embed([texts[i] for i in some])  # the first forwards of a process are slower
+    layer = default_layer(engine.n_layers) if config.layer is None else config.layer
+    engine.embed([texts[i] for i in some], layer=layer)  # the first forwards of a process are slower
     begun = time.perf_counter()
-    engine.embed([texts[i] for i in some])
+    engine.embed([texts[i] for i in some], layer=layer)
     embed_rate = (lengths - end + bos)[some].sum() / (time.perf_counter() - begun)
 
     valid = split.valid.sample(config.validation_users, config.seed)

@@ -184,6 +184,14 @@ def test_nothing_above_the_layer_is_trained(corpus: Corpus, byte_folder: Path) -
     assert all(p.grad is not None for p in student.trainable().values()), "many processes would wait for it"
 
 
+def test_nothing_above_the_layer_is_run(corpus: Corpus, byte_folder: Path) -> None:
+    student, ran = load_student(config(byte_folder)), []
+    for i, block in enumerate(student.causal_lm.base_model.layers):
+        block.register_forward_hook(lambda *given, i=i: ran.append(i))  # type: ignore[misc]
+    student(collate([rows_of(corpus, config(byte_folder))[:1]], student.dtype))
+    assert ran == [0]
+
+
 def test_going_on_from_an_adapter_leaves_its_upper_blocks_alone(
     toy: Dataset, byte_folder: Path, tmp_path: Path
 ) -> None:

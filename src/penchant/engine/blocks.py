@@ -48,7 +48,7 @@ class States:
         every = self.base(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
         self._cut = self._cut and all(torch.equal(self.at(i, input_ids=ids), every[i]) for i in range(self.n_blocks))
 
-    def at(self, layer: int, **inputs: torch.Tensor) -> torch.Tensor:
+    def at(self, layer: int, **inputs: torch.Tensor | None) -> torch.Tensor:
         """``hidden_states[layer]``, (rows, tokens, hidden): 0 are the token embeddings, ``n_blocks`` what is behind the
         last block and the final norm.
         """

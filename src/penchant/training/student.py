@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from penchant.engine.adapters import require_own_base, with_adapter
-from penchant.engine.blocks import blocks_of
+from penchant.engine.blocks import States, blocks_of
 from penchant.engine.device import resolve_device, resolve_dtype
 from penchant.engine.folders import resolve_adapter, resolve_model
 from penchant.engine.loading import load_weights, move
@@ -38,6 +38,10 @@ class Student(nn.Module):
     def __init__(self, model: nn.Module, layer: int | None = None, computes: torch.dtype | None = None) -> None:
         super().__init__()
         self.model, self.layer, self._computes = model, layer, computes
+        if layer is not None:
+            base: Any = self.causal_lm.base_model
+            self._states = States(base, int(base.config.get_text_config().num_hidden_layers))
+            self._states.check(torch.zeros((1, 2), dtype=torch.long, device=self.causal_lm.device))
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -60,18 +64,13 @@ class Student(nn.Module):
     def _forward(self, batch: Batch) -> torch.Tensor:
         model = self.causal_lm
         base: Any = model.base_model
-        found = base(
-            input_ids=batch.tokens,
-            position_ids=batch.position,
-            attention_mask=batch.mask,
-            use_cache=False,
-            output_hidden_states=self.layer is not None,
-        )
+        inputs = {"input_ids": batch.tokens, "position_ids": batch.position, "attention_mask": batch.mask}
         if self.layer is not None:
-            weighted = found.hidden_states[self.layer].flatten(0, 1)[batch.at].float() * batch.weight.unsqueeze(1)
+            states = self._states.at(self.layer, **inputs)
+            weighted = states.flatten(0, 1)[batch.at].float() * batch.weight.unsqueeze(1)
             vectors = torch.zeros(len(batch.group), weighted.shape[1], device=weighted.device)
             return vectors.index_add(0, batch.sequence, weighted)
-        chosen = found.last_hidden_state.flatten(0, 1)[batch.at]
+        chosen = base(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[batch.at]
         head: Any = model.get_output_embeddings()
         if len(batch.choices):
             bias = getattr(head, "bias", None)
