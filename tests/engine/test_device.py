@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,16 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_it(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_numbers_that_are_asked_for_are_taken(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert resolve_dtype(dtype, CPU) == dtype
+@pytest.mark.parametrize("computes", [True, False])
+def test_numbers_that_are_asked_for_are_taken(dtype: Any, computes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": computes})
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert resolve_dtype(dtype, CPU) == dtype
+    slow = dtype == "bfloat16" and not computes
+    assert [str(w.message) for w in warned] == slow * [
+        "cpu only emulates bfloat16, many times slower than float32 (dtype auto chooses)"
+    ]
 
 
 @pytest.mark.parametrize("itself", [True, False])

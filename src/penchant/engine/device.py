@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import torch
@@ -38,10 +39,17 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_dtype(dtype: DType, device: torch.device) -> str:
-    """The numbers that the name stands for there; "auto" is bfloat16 where the device computes it, else float32."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if computes_bfloat16(device) else "float32"
+    """The numbers that the name stands for there; "auto" is bfloat16 where the device computes it, else float32.
+
+    Warns of bfloat16 that is asked for where it will be emulated, such as by a run that was fitted elsewhere.
+    """
+    emulated = not computes_bfloat16(device)
+    if dtype == "auto":
+        return "float32" if emulated else "bfloat16"
+    if dtype == "bfloat16" and emulated:
+        what = f"{device.type} only emulates bfloat16, many times slower than float32 (dtype auto chooses)"
+        warnings.warn(what, stacklevel=3)
+    return dtype
 
 
 def describe_device() -> str:
