@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,10 @@ from tests.fake_engine import FakeEngine
 
 # Two threads on tiny models wait for each other longer than they work; test_smollm2.py asks for more.
 torch.set_num_threads(1)
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("penchant", deadline=None)
+settings.load_profile("penchant")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -26,7 +26,7 @@ def test_zscore_by_hand() -> None:
     assert zscore(np.array([1.0, 2.0, 3.0])).tolist() == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(row=values)
 def test_zscore_has_mean_0_and_deviation_1_and_keeps_the_order(row: list[float]) -> None:
     out = zscore(np.array(row))
@@ -169,7 +169,7 @@ def test_users_may_have_few_or_no_candidates(rng: np.random.Generator) -> None:
     assert fusion.weight == 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(3, 25),

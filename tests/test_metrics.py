@@ -63,7 +63,7 @@ def test_target_rank_by_hand(scores: list[float], target: int, rank: int) -> Non
     assert target_rank(np.array([scores]), np.array([target])).tolist() == [rank]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), n=st.integers(1, 6), m=st.integers(1, 8))
 def test_target_rank_is_one_more_than_all_others_at_least_as_good(data: st.DataObject, n: int, m: int) -> None:
     value = st.one_of(st.integers(-3, 3).map(float), st.just(-INF))  # few values: many ties
@@ -81,7 +81,7 @@ def test_list_rank_by_hand() -> None:
     assert list_rank(lists, np.array([9, 5, 3, 0, 5])).tolist() == [3, 2, 4, 4, 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n_items=st.integers(1, 12), k=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))
 def test_list_rank_of_a_full_sort_is_target_rank(n_items: int, k: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -132,7 +132,7 @@ def test_metrics_agree_with_ir_measures(k: int, rng: np.random.Generator) -> Non
     assert np.where(found, 1 / rank, 0).tolist() == pytest.approx(per_user["RR"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rank=st.integers(1, 50), k=st.integers(1, 50))
 def test_a_better_rank_never_scores_less_and_a_longer_list_never_finds_less(rank: int, k: int) -> None:
     at, below = np.array([rank]), np.array([rank + 1])
@@ -153,7 +153,7 @@ def test_the_other_metrics_of_one_target_by_hand() -> None:
     assert average_precision(rank, 5).tolist() == [1, 0.5, 0.2, 0, 0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rank=st.lists(st.integers(1, 30), min_size=1, max_size=8), k=st.integers(1, 20))
 def test_one_relevant_item_is_a_set_of_one(rank: list[int], k: int) -> None:
     lists = np.array([[7 if place == r else 100 + place for place in range(1, 21)] for r in rank])
@@ -247,7 +247,7 @@ def test_auc_by_hand_and_ties_count_half() -> None:
     assert math.isnan(auc(np.array([]), np.array([])))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.booleans()), min_size=1, max_size=40),
 )

@@ -45,7 +45,7 @@ def test_caps_by_hand() -> None:
     assert chosen(8, caps={"genres": 2, "year": 1}, unique=False) == [3, 0, 5]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**16), n=st.integers(1, 12), k=st.integers(1, 14), diversity=st.floats(0, 1))
 def test_maximal_marginal_relevance_by_plain_loops(seed: int, n: int, k: int, diversity: float) -> None:
     rng = np.random.default_rng(seed)

@@ -44,7 +44,7 @@ def rows(source: ParquetSource, *ranges: range) -> list[list[str]]:
     return [part["user_id"].to_list() for part in source.read(ranges)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, N), min_size=2, max_size=12, unique=True))
 def test_any_ranges_hold_their_rows(shared: Path, cuts: list[int]) -> None:
     source = ParquetSource(str(shared), ["user_id"], ["history"])

@@ -60,7 +60,7 @@ def test_before_ends_just_before_the_event_and_stays_with_its_user(hand: EventLo
     assert hand.item[hand.all_of(1)].tolist() == [1, 0]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(rows=logs)
 def test_every_history_is_what_plain_sorting_gives(rows: list[Row]) -> None:
     dataset = made(rows)

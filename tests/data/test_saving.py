@@ -159,7 +159,7 @@ def write_delimited(path: Path, frame: pl.DataFrame, mark: str) -> None:
         writer.writerows(["" if value is None else value for value in row] for row in frame.iter_rows())
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(TITLE, min_size=1, max_size=6), st.lists(TEXT | st.none(), min_size=6, max_size=6))
 def test_the_same_content_in_any_format_is_the_same_dataset(
     tmp_path: Path, titles: list[str], notes: list[str | None]

@@ -117,7 +117,7 @@ def test_a_dataset_of_short_histories_cannot_be_split() -> None:
         leave_last_out(made([("a", "1", 1), ("a", "2", 2), ("b", "1", 1)]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=logs, test=st.booleans())
 def test_leave_last_out_holds_out_each_users_last_events_and_nothing_twice(rows: list[Row], test: bool) -> None:
     users = {u: sorted((at, int(i)) for v, i, at in rows if v == u) for u in {r[0] for r in rows}}
@@ -201,7 +201,7 @@ def test_verify_names_the_user_whose_history_is_later_than_the_target() -> None:
         _retimed(split, time).verify()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=logs, seed=st.integers(0, 2**32 - 1))
 def test_verify_refuses_shuffled_times_exactly_when_a_history_got_later_than_its_target(
     rows: list[Row], seed: int
@@ -314,7 +314,7 @@ def test_shares_are_the_shares_of_events_in_each_window(valid: float, test: floa
     assert int(split.train.sum()) == 100 - round(100 * valid) - round(100 * test)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=logs,
     valid=st.floats(0.05, 0.45),

@@ -298,7 +298,7 @@ def test_a_frame_is_a_table(tmp_path: Path) -> None:
         table_of_frame(pl.DataFrame({"x": []}), "interactions")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.lists(st.text('ab,"\n\r é', max_size=4), min_size=1, max_size=4), min_size=1, max_size=6),
     st.integers(1, 9),

@@ -30,7 +30,7 @@ def scores(blocks: Blocks, prompt: list[int], trie: CatalogTrie) -> np.ndarray:
     return trie.path_sums(known.edges())[trie.item_node]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     items=sequences, prompts=st.lists(st.integers(1, 20), min_size=1, max_size=4), block=st.sampled_from([1, 2, 4, 8])
 )
@@ -44,7 +44,7 @@ def test_every_edge_is_learnt_whatever_is_cached(items: list[list[int]], prompts
         np.testing.assert_allclose(scores(blocks, prompt, trie), want, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(items=sequences, length=st.integers(1, 20), block=st.sampled_from([1, 2, 4, 8]), deep=st.booleans())
 def test_a_search_ends_with_the_best_whatever_is_cached(
     items: list[list[int]], length: int, block: int, deep: bool

@@ -64,7 +64,7 @@ def test_scores_equal_full_forwards(tiny_folder: Path, tiny_engine: Transformers
         np.testing.assert_allclose(row, expected, atol=1e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     catalogue=st.lists(titles, min_size=1, max_size=12),
     prompts=st.lists(titles, min_size=1, max_size=4),

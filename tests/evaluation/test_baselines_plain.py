@@ -143,7 +143,7 @@ def test_recent_popularity_by_hand() -> None:
     assert forever.scores(asked).tolist() == [[1, 2, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000), half_life=st.sampled_from([0.5, 3.0, None]))
 def test_recent_popularity_is_its_sum(seed: int, half_life: float | None) -> None:
     rng = np.random.default_rng(seed)
@@ -244,7 +244,7 @@ def weights(history: list[int], decay: float) -> dict[int, float]:
     return {item: decay ** (len(history) - 1 - at) for at, item in enumerate(history)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     histories=st.lists(st.lists(st.integers(0, 4), max_size=7), max_size=5), decay=st.floats(0.1, 1, exclude_min=True)
 )
@@ -258,7 +258,7 @@ def test_a_fading_history_weighs_each_items_newest_event(histories: list[list[in
     np.testing.assert_allclose(got.toarray(), expected, rtol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     k=st.sampled_from([1, 3, 50]),
@@ -302,7 +302,7 @@ def test_item_knn_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
 # -- EASE --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     ridge=st.sampled_from([0.5, 20.0]),

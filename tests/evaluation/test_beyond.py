@@ -64,7 +64,7 @@ def test_gini_by_hand() -> None:
     assert math.isnan(gini(np.array([0, 0])))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(shown=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any))
 def test_gini_is_half_the_relative_mean_difference(shown: list[int]) -> None:
     n, mean = len(shown), sum(shown) / len(shown)

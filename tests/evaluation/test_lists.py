@@ -134,7 +134,7 @@ def test_among_scores_the_target_is_last_of_its_equals(targets: Targets) -> None
     assert found.findings.tied == 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), k=st.integers(1, 12))
 def test_scores_in_plain_loops(targets: Targets, data: st.DataObject, k: int) -> None:
     lists, score = {}, []

@@ -355,7 +355,7 @@ def test_nothing_from_outside_becomes_markdown() -> None:
         assert not re.search(r"[*`\[\]_]|://", free.lstrip("#| "))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=40))
 def test_escaped_text_holds_no_live_markdown(text: str) -> None:
     out = escaped(text)

@@ -87,7 +87,7 @@ class Reciter(FakeEngine):
 # -- neutral names -----------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.text(max_size=12), min_size=1, max_size=40), st.integers(0, 5))
 def test_names_are_a_renaming(texts: list[str], seed: int) -> None:
     names = neutral_names(texts, seed)

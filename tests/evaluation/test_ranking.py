@@ -73,7 +73,7 @@ def cases(draw: st.DrawFn, values: st.SearchStrategy[float] = FEW):  # type: ign
     return log_of(histories, n_items), np.array(scores, dtype=np.float32)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     cases(), st.integers(1, 80), st.integers(1, 400), st.sampled_from(["mask", "keep"]), st.sampled_from([None, 0, 2])
 )
@@ -96,7 +96,7 @@ def test_ranks_and_lists_are_those_of_a_plain_sort(case, k, block, seen, last) -
         assert found.top[i].tolist() == top
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), cases(), st.integers(1, 12))
 def test_candidates_are_ranked_among_themselves_each_once(data, case, k) -> None:  # type: ignore[no-untyped-def]
     targets, scores = case

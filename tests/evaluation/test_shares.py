@@ -71,7 +71,7 @@ def test_the_users_share_is_of_the_history_alone() -> None:
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(4, 60), d=st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_logistic_regression_is_at_its_minimum(seed: int, n: int, d: int) -> None:
     rng = np.random.default_rng(seed)
     x, label = rng.normal(3, 2, size=(n, d)), rng.random(n) < 0.4

@@ -25,7 +25,7 @@ from penchant.evaluation.statistics import (
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(values=st.lists(st.floats(-10, 10), min_size=2, max_size=40), seed=st.integers(0, 1000))
 def test_the_interval_lies_within_the_values_and_around_the_mean(values: list[float], seed: int) -> None:
     found = bootstrap_mean(np.array(values), seed)
@@ -161,7 +161,7 @@ def test_whole_users_are_drawn_again(rng: np.random.Generator) -> None:
 # -- permutation tests -----------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(differences=st.lists(st.integers(-4, 4), min_size=1, max_size=10))
 def test_small_tests_are_exact(differences: list[int]) -> None:
     a, b = np.array(differences, dtype=float), np.zeros(len(differences))
@@ -241,7 +241,7 @@ def test_holm_by_hand_and_what_is_no_test_is_not_counted() -> None:
         holm([1.2])
 
 
-@settings(max_examples=10, deadline=None)  # statsmodels collects garbage at each call
+@settings(max_examples=10)
 @given(p=st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_the_running_maximum_of_p_times_what_is_left(p: list[float]) -> None:
     order = sorted(range(len(p)), key=lambda i: p[i])

@@ -74,7 +74,7 @@ def test_windows_by_hand() -> None:
     assert cut == [[4, 5, 6, 7], [1, 2, 3, 4], [0, 1]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(n=st.integers(0, 60), length=st.integers(1, 20))
 def test_every_event_but_the_first_is_a_target_exactly_once(n: int, length: int) -> None:
     sequence = np.arange(100, 100 + n)  # each event names its place
@@ -119,7 +119,7 @@ def test_right_padding_changes_nothing(filler: int) -> None:
     np.testing.assert_allclose(padded[:3], short, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 12), batch=st.integers(1, 5))
 def test_who_else_is_in_the_batch_changes_nothing(seed: int, n: int, batch: int) -> None:
     rng = np.random.default_rng(seed)

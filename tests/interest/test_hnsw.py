@@ -61,7 +61,7 @@ def test_it_finds_nearly_all_of_the_exact_best_with_their_scores(
     np.testing.assert_allclose(values[same], scores[same], rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), m=st.integers(0, 60), k=st.integers(1, 70), share=st.floats(0, 1))
 def test_a_graph_that_is_walked_whole_answers_as_a_full_sort(seed: int, m: int, k: int, share: float) -> None:
     """With ties, filters, exclusion and more asked than is left: what the walk misses is searched exactly."""

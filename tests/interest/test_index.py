@@ -43,7 +43,7 @@ def whole_numbers(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
     return rng.integers(-2, 3, size=(n, d)).astype(np.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(1, 7),
@@ -85,7 +85,7 @@ def test_blocks_of_queries_give_the_same_answer(
     assert paired(*got) == expected(queries, vectors, 5, exclude, allowed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), block=st.integers(1, 60), k=st.integers(1, 25), share=st.floats(0, 1))
 def test_blocks_of_items_give_the_same_answer(seed: int, block: int, k: int, share: float) -> None:
     """Ties across blocks too; of a small share the vectors are gathered, of a large one the others are masked."""

@@ -83,7 +83,7 @@ def test_the_dot_product_is_both_scores_fused(
     np.testing.assert_allclose(found, by_hand(encoder, history, 0.3, 1.5), atol=2e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), price=st.sampled_from([0.0, 0.1, 0.5]))
 def test_what_is_chosen_by_plain_loops(seed: int, price: float) -> None:
     rng = np.random.default_rng(seed)

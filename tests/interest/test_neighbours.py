@@ -67,7 +67,7 @@ def s_by_loops(history: list[int], similar: np.ndarray) -> np.ndarray:
     return sum((weight * similar[item] for item, weight in asked.items()), np.zeros(len(similar)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), size=st.sampled_from([1, 3, 50]), held=st.sampled_from([7, 10**6]))
 def test_similarities_are_their_formula(seed: int, size: int, held: int) -> None:
     rng = np.random.default_rng(seed)

@@ -129,7 +129,7 @@ def test_several_interests_lie_apart_and_can_be_named(rng: np.random.Generator) 
 
 
 @pytest.mark.parametrize("relevance", ["dot", "mlp"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**16), interests=st.integers(1, 4), k=st.integers(1, 14))
 def test_search_is_the_best_of_all_interests_by_brute_force(relevance: str, seed: int, interests: int, k: int) -> None:
     chosen = config(use_text=False, interests=interests, relevance=relevance, loss="sampled")

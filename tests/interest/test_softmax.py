@@ -19,7 +19,7 @@ def _both(n: int, m: int, d: int, seed: int, scale: float) -> tuple[torch.Tensor
     return states, items, torch.randint(0, m, (n,), generator=generator), torch.rand(n, generator=generator) + 0.1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 70),
     m=st.integers(1, 50),

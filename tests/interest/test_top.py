@@ -27,7 +27,7 @@ def paired(items: np.ndarray, values: np.ndarray) -> list[Answer]:
     return [list(zip(a, b, strict=True)) for a, b in zip(items.tolist(), values.tolist(), strict=True)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), n=st.integers(0, 5), m=st.integers(0, 70), k=st.integers(0, 80), bounded=st.booleans())
 def test_it_is_a_full_sort(data: st.DataObject, n: int, m: int, k: int, bounded: bool) -> None:
     rows = st.lists(st.lists(VALUES, min_size=m, max_size=m), min_size=n, max_size=n)

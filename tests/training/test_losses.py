@@ -147,7 +147,7 @@ GROUP = st.lists(st.tuples(NATS, NATS), min_size=1, max_size=5)
 
 
 @given(groups=st.lists(GROUP, min_size=1, max_size=5), beta=st.floats(0.05, 2))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_preference_terms_are_the_formula(groups: list[list[tuple[float, float]]], beta: float) -> None:
     policy, reference = ([[pair[i] for pair in g] for g in groups] for i in (0, 1))
     number = torch.tensor([i for i, g in enumerate(groups) for _ in g])

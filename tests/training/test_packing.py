@@ -14,7 +14,7 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=120)
 
 
 @given(lengths=LENGTHS, spare=st.integers(0, 60), seed=st.integers(0, 99))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_row_is_packed_once_and_no_pack_is_over_size(lengths: list[int], spare: int, seed: int) -> None:
     size = max(lengths) + spare
     packs = pack(lengths, size, np.random.default_rng(seed))
@@ -60,7 +60,7 @@ def epoch(plan: Plan, number: int) -> list[list[list[int]]]:
 
 
 @given(lengths=LENGTHS, size=st.integers(50, 90), per_step=st.integers(1, 5), seed=st.integers(0, 9))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_steps_are_a_function_of_seed_and_number(lengths: list[int], size: int, per_step: int, seed: int) -> None:
     def plan() -> Plan:
         return Plan(np.array(lengths), pack_tokens=size, packs_per_step=per_step, seed=seed)

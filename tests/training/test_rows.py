@@ -61,7 +61,7 @@ TITLE = st.lists(st.one_of(st.sampled_from(ODD), st.text(max_size=8)), min_size=
 
 @pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
 @given(titles=st.lists(TITLE, min_size=1, max_size=5))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
 def test_rendering_n_items_is_a_token_prefix_of_rendering_one_more(kind: Any, titles: list[str]) -> None:
     texts = [clean(t) for t in titles]
     assume(all(texts))

@@ -108,11 +108,20 @@ def _finetune(split: Split, out: Path, *, fresh: bool) -> Path:
     import shutil
 
     from penchant.adapter_card import read_card
+    from penchant.engine.device import resolve_device, resolve_dtype
     from penchant.training.config import NextItemConfig
     from penchant.training.recipes import finetune
 
     adapter = out.with_name(out.name + "-adapter")
-    config = NextItemConfig(max_minutes=_FINETUNE_MINUTES, packs_per_step=1, eval_users=0, eval_every=10**6)
+    config = NextItemConfig.model_validate(
+        {
+            "dtype": resolve_dtype("auto", resolve_device("auto")),  # as the card says it
+            "max_minutes": _FINETUNE_MINUTES,
+            "packs_per_step": 1,
+            "eval_users": 0,
+            "eval_every": 10**6,
+        }
+    )
     card = None if fresh else read_card(adapter)
     wanted = (config.model_dump(mode="json"), split.dataset.content_hash)
     if card is None or (card.get("config"), card.get("data")) != wanted:
