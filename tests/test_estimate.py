@@ -19,7 +19,7 @@ from tests import tiny
 from tests.conftest import toy_frames
 from tests.fake_engine import FakeEngine
 
-SIZES = {"n_layers": 3, "hidden": 12, "vocabulary": 420, "context": 512, "bytes": 2**20}
+SIZES = {"n_layers": 3, "hidden": 12, "vocabulary": 420, "context": 512, "weights": 2**19}
 CONFIG = FitConfig(
     encoder=EncoderConfig(dim=16, blocks=1, max_length=4, epochs=7, batch_rows=8),
     candidates=100,  # more than there are items: every user is judged on the whole catalogue

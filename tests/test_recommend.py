@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -607,6 +608,19 @@ def test_saving_what_was_loaded_gives_the_same_run(run: Path, tmp_path: Path, by
     Recommender.load(run, byte_engine).save(tmp_path / "copy")
     for name in ("vectors.npy", "prior.npy", "manifest.json", "split.json", "encoder.safetensors"):
         assert (tmp_path / "copy" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_a_run_that_says_auto_is_loaded_with_the_numbers_of_its_fingerprint(run: Path, tmp_path: Path) -> None:
+    """Auto was the checkpoint's own dtype once."""
+    shutil.copytree(run, tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["engine"]["dtype"] == "float32"
+    manifest["engine"]["dtype"] = "auto"
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    again = Recommender.load(tmp_path / "run")
+    assert again.engine_source is not None
+    assert again.engine_source["dtype"] == "float32"
+    assert again.engine.fingerprint == manifest["fingerprint"]
 
 
 def test_known_priors_come_back_with_the_run(fitted: Recommender, tmp_path: Path) -> None:

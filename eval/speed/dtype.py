@@ -5,8 +5,8 @@
 
 `dtype="auto"` takes bfloat16 where the processor multiplies it and float32 elsewhere; this says what that is worth on
 one machine. SmolLM2-135M embeds titles of MovieLens-100K at a low layer, at the default one and at the last, and ranks
-20 candidates behind 200 tokens of history for each user. All sides are warmed and stand one after the other in one run,
-twice; the faster counts.
+20 candidates behind 200 tokens of history for each user. Both sides are warmed and take turns in one run; the faster of
+two counts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,15 +22,17 @@ import numpy as np
 import torch
 import typer
 
-from penchant.engine.device import resolve_device, resolve_dtype
+from penchant.engine.device import DType, resolve_device, resolve_dtype
 from penchant.engine.loading import load_engine
 from penchant.engine.noise import quiet_libraries
+from penchant.engine.transformers import TransformersEngine
 from penchant.environment import made_by
 from penchant.fetch import fetch
 from penchant.files import write_json
 from penchant.interest.vectors import default_layer
 
 LOW = 4
+DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 
 
 def main(
@@ -45,16 +48,18 @@ def main(
     histories = ["\n".join(titles[i] for i in rng.choice(len(titles), size=25)) for _ in range(users)]
     candidates = [[titles[i] for i in rng.choice(len(titles), size=20, replace=False)] for _ in range(users)]
     embedded = titles[: films or None]
+    engines: dict[str, TransformersEngine] = {name: load_engine("smollm2-135m", dtype=name) for name in DTYPES}
+    layers = {"low": LOW, "default": default_layer(engines["float32"].n_layers), "last": engines["float32"].n_layers}
+    works: dict[str, Callable[[TransformersEngine], Any]] = {
+        f"embed at the {name} layer": partial(TransformersEngine.embed, texts=embedded, layer=layer)
+        for name, layer in layers.items()
+    }
+    works["rank 20 candidates"] = partial(TransformersEngine.score, prompts=histories, continuations=candidates)
     rows: list[dict[str, Any]] = []
-    for dtype in ("float32", "bfloat16"):
-        engine = load_engine("smollm2-135m", dtype=dtype)  # type: ignore[call-overload]
-        layers = {"low": LOW, "default": default_layer(engine.n_layers), "last": engine.n_layers}
-        for name, layer in layers.items():
-            seconds = best(lambda layer=layer, engine=engine: engine.embed(embedded, layer=layer))
-            rows.append({"work": f"embed at the {name} layer", "layer": layer, "dtype": dtype, "seconds": seconds})
-        seconds = best(lambda engine=engine: engine.score(histories, candidates))
-        rows.append({"work": "rank 20 candidates", "dtype": dtype, "seconds": seconds})
-        print(*rows[-4:], sep="\n", flush=True)
+    for name, work in works.items():
+        seconds = in_turns(work, engines)
+        rows += [{"work": name, "dtype": dtype, "seconds": took} for dtype, took in seconds.items()]
+        print(*rows[-2:], sep="\n", flush=True)
     took = {(row["work"], row["dtype"]): row["seconds"] for row in rows}
     found = {
         **made_by(__file__),
@@ -62,27 +67,29 @@ def main(
         "auto": resolve_dtype("auto", resolve_device("auto")),
         "films": len(embedded),
         "users": users,
+        "layers": layers,
         "rows": rows,
         "bfloat16 takes times float32": {
             work: round(took[work, "bfloat16"] / took[work, "float32"], 3) for work, dtype in took if dtype == "float32"
         },
         "the low layer takes of the last": {
             dtype: round(took["embed at the low layer", dtype] / took["embed at the last layer", dtype], 3)
-            for dtype in ("float32", "bfloat16")
+            for dtype in DTYPES
         },
     }
     write_json(out, found)
     print(out)
 
 
-def best(work: Callable[[], Any]) -> float:
-    """Seconds of the faster of two runs behind a first one, which warms."""
-    seconds = []
+def in_turns(work: Callable[[TransformersEngine], Any], engines: dict[str, TransformersEngine]) -> dict[str, float]:
+    """Seconds of each, the faster of two runs in turns behind a first one, which warms."""
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(3):
-        begun = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begun)
-    return round(min(seconds[1:]), 3)
+        for name, engine in engines.items():
+            begun = time.perf_counter()
+            work(engine)
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: round(min(took[1:]), 3) for name, took in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def _memory(model: str) -> dict[str, Any]:
     """Bytes of all weights but the adapter's, as they lie in memory."""
 
     def size(quantization: str) -> int:
-        student = load_student(NextItemConfig(model=model, quantization=quantization))
+        student = load_student(NextItemConfig(model=model, dtype="bfloat16", quantization=quantization))
         kept = {id(p): p.numel() * p.element_size() for n, p in student.model.named_parameters() if "lora_" not in n}
         return sum(kept.values())
 

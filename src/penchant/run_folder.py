@@ -210,13 +210,13 @@ def load_run(folder: Path) -> Fitted:
             texts=texts,
             vectors=vectors,
             encoder=encoder,
-            engine_source=manifest["engine"],
+            engine_source=_with_dtype(manifest["engine"], manifest["fingerprint"]),
             fingerprint=manifest["fingerprint"],
             columns=columns,
             words=words,
             live=live,
             graph=_graph(folder, manifest) if config.index == "hnsw" else None,
-            embedder=manifest.get("embedder"),
+            embedder=_embedder(manifest.get("embedder")),
             fusion=Fusion(**manifest["fusion"]),
             prior=np.load(folder / "prior.npy", allow_pickle=False),
             seconds=manifest["seconds"],
@@ -227,6 +227,17 @@ def load_run(folder: Path) -> Fitted:
         raise StorageError(
             f"cannot be opened: {type(error).__name__}: {error}", where=str(folder), remedy="make the run again"
         ) from error
+
+
+def _with_dtype(source: dict[str, Any] | None, fingerprint: str) -> dict[str, Any] | None:
+    """How to load an engine, with the numbers that it had: runs of before wrote "auto" for what the checkpoint had."""
+    if source is None or source.get("dtype") != "auto":
+        return source
+    return source | {"dtype": fingerprint.rpartition(":")[2].partition("/")[0]}
+
+
+def _embedder(made: dict[str, Any] | None) -> dict[str, Any] | None:
+    return made and made | {"source": _with_dtype(made["source"], made["fingerprint"])}
 
 
 def _graph(folder: Path, manifest: dict[str, Any]) -> HNSWIndex | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import threading
+import weakref
 from functools import partial
 from typing import Any
 
@@ -58,7 +61,7 @@ def test_states_are_the_models_own_and_cost_no_block_above_them(model: Any) -> N
     states, ran = States(model, 3), counted(model)
     with torch.inference_mode():
         wanted = model(**INPUTS, output_hidden_states=True).hidden_states
-        states.check(IDS)
+        assert torch.equal(states.at(0, **INPUTS), wanted[0])  # it has looked
         for layer in range(4):
             ran.clear()
             assert torch.equal(states.at(layer, **INPUTS), wanted[layer])
@@ -67,22 +70,60 @@ def test_states_are_the_models_own_and_cost_no_block_above_them(model: Any) -> N
         assert torch.equal(whole.last_hidden_state, wanted[3])
 
 
-def test_blocks_that_are_given_something_else_run_whole(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    states, ran, real = States(model, 3), counted(model), States.at
-    with monkeypatch.context() as patch:
-        patch.setattr(states, "at", lambda layer, **inputs: real(states, layer, **inputs) + 1)
-        states.check(IDS)
+def whole(model: Any, states: States) -> None:
+    """The states are right, and every block was run."""
+    ran = counted(model)
     with torch.inference_mode():
         wanted = model(**INPUTS, output_hidden_states=True).hidden_states
+        states.at(1, **INPUTS)
         ran.clear()
         assert torch.equal(states.at(1, **INPUTS), wanted[1])
-        assert ran == [0, 1, 2]
+    assert ran == [0, 1, 2]
+
+
+def test_blocks_that_are_given_something_else_run_whole(model: Any) -> None:
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    # The second block is given twice what the model tells.
+    blocks[1].register_forward_pre_hook(
+        lambda module, args, kwargs: (tuple(2 * a for a in args[:1]) + args[1:], kwargs), with_kwargs=True
+    )
+    whole(model, States(model, 3))
 
 
 def test_a_list_of_another_length_is_not_the_blocks(model: Any) -> None:
-    states = States(model, 5)
+    whole(model, States(model, 5))
+
+
+def test_of_two_lists_the_one_on_the_way_is_taken() -> None:
+    torch.manual_seed(0)
+    model = KINDS["llama"]()
+    other = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)])
+    model._modules = {"tower": other, **model._modules}
+    states = States(model.eval(), 3)
+    ran: list[int] = []
+    for i, block in enumerate(model.layers):
+        block.register_forward_hook(partial(_note, ran, i))
     with torch.inference_mode():
-        assert torch.equal(states.at(1, **INPUTS), model(**INPUTS, output_hidden_states=True).hidden_states[1])
+        wanted = model(**INPUTS, output_hidden_states=True).hidden_states
+        states.at(0, **INPUTS)
+        ran.clear()
+        assert torch.equal(states.at(2, **INPUTS), wanted[2])
+    assert ran == [0, 1]
+
+
+def test_engines_over_one_model_share_its_hooks_and_hold_nothing() -> None:
+    model = KINDS["llama"]().eval()
+    for _ in range(3):
+        States(model, 3).at(1, **INPUTS)
+    assert [len(block._forward_pre_hooks) for block in model.layers] == [1, 1, 1]
+    copy.deepcopy(States(model, 3)).at(1, **INPUTS)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_another_threads_forward_is_not_cut() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from penchant.engine.device import computes_bfloat16, describe_device, resolve_dtype
+from penchant.engine.device import computes_bfloat16, describe_device, resolve_dtype, warn_of_emulation
 from penchant.engine.loading import load_engine
 
 CPU = torch.device("cpu")
@@ -47,6 +47,7 @@ def test_numbers_that_are_asked_for_are_taken(dtype: Any, computes: bool, monkey
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         assert resolve_dtype(dtype, CPU) == dtype
+        warn_of_emulation(dtype, CPU)
     slow = dtype == "bfloat16" and not computes
     assert [str(w.message) for w in warned] == slow * [
         "cpu only emulates bfloat16, many times slower than float32 (dtype auto chooses)"

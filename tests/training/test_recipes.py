@@ -334,9 +334,13 @@ def test_a_run_leaves_the_numbers_that_auto_was(
     monkeypatch.setattr("penchant.engine.device.computes_bfloat16", lambda device: computes)
     finetune("next_item", settings(byte_folder, dtype="auto", max_steps=1), toy, tmp_path / "run")
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dtype"] == dtype
+    # Elsewhere it goes on with the same numbers.
     monkeypatch.setattr("penchant.engine.device.computes_bfloat16", lambda device: not computes)
-    with pytest.raises(ConfigError, match="dtype"):
-        finetune("next_item", settings(byte_folder, dtype="auto", max_steps=1), toy, tmp_path / "run", resume=True)
+    finetune("next_item", settings(byte_folder, dtype="auto", max_steps=1), toy, tmp_path / "run", resume=True)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dtype"] == dtype
+    other = "float32" if computes else "bfloat16"
+    with pytest.raises(ConfigError, match=r"config\.dtype"):
+        finetune("next_item", settings(byte_folder, dtype=other, max_steps=1), toy, tmp_path / "run", resume=True)
 
 
 @pytest.fixture(scope="module")

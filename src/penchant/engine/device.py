@@ -11,8 +11,8 @@ from penchant.errors import ConfigError
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
-# What torch.cpu.get_capabilities calls products of bfloat16 (the last: ARM's). Without one of them torch makes them in
-# loops of its own, which take seven to ten times as long as float32's.
+# What torch.cpu.get_capabilities calls products of bfloat16 (the last: ARM's). Without one of them they are emulated,
+# which takes many times as long as float32's (eval/speed/dtype.py).
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -39,17 +39,17 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_dtype(dtype: DType, device: torch.device) -> str:
-    """The numbers that the name stands for there; "auto" is bfloat16 where the device computes it, else float32.
+    """The numbers that the name stands for there; "auto" is bfloat16 where the device computes it, else float32."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if computes_bfloat16(device) else "float32"
 
-    Warns of bfloat16 that is asked for where it will be emulated, such as by a run that was fitted elsewhere.
-    """
-    emulated = not computes_bfloat16(device)
-    if dtype == "auto":
-        return "float32" if emulated else "bfloat16"
-    if dtype == "bfloat16" and emulated:
+
+def warn_of_emulation(dtype: str, device: torch.device) -> None:
+    """Say so where bfloat16 was asked for, such as by a run that was fitted elsewhere, and will be emulated."""
+    if dtype == "bfloat16" and not computes_bfloat16(device):
         what = f"{device.type} only emulates bfloat16, many times slower than float32 (dtype auto chooses)"
         warnings.warn(what, stacklevel=3)
-    return dtype
 
 
 def describe_device() -> str:

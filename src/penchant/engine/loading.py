@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from penchant.engine.adapters import merged_folder, require_own_base, with_adapter
-from penchant.engine.device import DType, resolve_device, resolve_dtype
+from penchant.engine.device import DType, resolve_device, resolve_dtype, warn_of_emulation
 from penchant.engine.folders import fingerprint_of, require_weights, resolve_adapter, resolve_model
 from penchant.errors import ConfigError, ModelError
 
@@ -71,21 +73,21 @@ def load_engine(
         raise ConfigError(f"options are vLLM's, and the backend is {backend!r}", remedy="give backend='vllm' too")
     folder = resolve_model(model)
     require_weights(folder)
-    where = resolve_device(device)
-    numbers = resolve_dtype(dtype, where)
     source = {
         "model": str(model),
         "adapter": None if adapter is None else str(adapter),
-        "dtype": numbers,
         "device": device,
         "backend": backend,
     }
     adapter_folder = None if adapter is None else resolve_adapter(adapter)
     fingerprint = "+".join(fingerprint_of(part) for part in (folder, adapter_folder) if part is not None)
     if backend == "vllm":
-        return _load_vllm(folder, adapter_folder, fingerprint, numbers, device, options, source)
+        return _load_vllm(folder, adapter_folder, fingerprint, dtype, device, options, source)
     from penchant.engine.transformers import TransformersEngine
 
+    where = resolve_device(device)
+    numbers = resolve_dtype(dtype, where)
+    warn_of_emulation(numbers, where)
     tokenizer = load_tokenizer(folder)
     loaded = move(load_weights(folder, getattr(torch, numbers)), where)
     if adapter_folder is not None:
@@ -96,7 +98,7 @@ def load_engine(
         tokenizer,
         fingerprint=f"{fingerprint}:{numbers}",
         max_batch_tokens=max_batch_tokens,
-        source=source,
+        source=source | {"dtype": numbers},
     )
 
 
@@ -104,7 +106,7 @@ def _load_vllm(
     folder: Path,
     adapter: Path | None,
     fingerprint: str,
-    dtype: str,
+    dtype: DType,
     device: str,
     options: VllmOptions | Mapping[str, Any] | None,
     source: dict[str, Any],
@@ -122,19 +124,31 @@ def _load_vllm(
     except Exception as error:  # as below
         raise _not_loaded(folder, error) from error
     tokenizer = load_tokenizer(folder)
+    numbers = _vllm_dtype(dtype, chosen)
     quantised = "" if chosen.quantization is None else f"/{chosen.quantization}"
     return VllmEngine(
-        folder if adapter is None else merged_folder(folder, adapter, dtype),
+        folder if adapter is None else merged_folder(folder, adapter, numbers),
         tokenizer,
-        dtype=dtype,
+        dtype=numbers,
         device=device,
         options=chosen,
-        fingerprint=f"{fingerprint}:{dtype}{quantised}",
+        fingerprint=f"{fingerprint}:{numbers}{quantised}",
         n_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
-        source=source | ({"options": chosen.changed()} if chosen.changed() else {}),
+        source=source | {"dtype": numbers} | ({"options": chosen.changed()} if chosen.changed() else {}),
     )
+
+
+def _vllm_dtype(dtype: DType, options: VllmOptions) -> str:
+    """What "auto" is for vLLM: on a GPU, and with quantised weights, which take 16 bits only, bfloat16.
+
+    What a GPU computes isn't asked: that would open CUDA in this process, and vLLM could fork none of its own then. It
+    refuses bfloat16 itself where a GPU has none.
+    """
+    if dtype == "auto" and (torch.cuda.is_available() or options.quantization is not None):
+        return "bfloat16"
+    return resolve_dtype(dtype, torch.device("cpu"))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -194,13 +208,17 @@ def _not_loaded(folder: Path, error: Exception) -> ModelError:
 
 
 def describe_model(folder: Path) -> dict[str, int]:
-    """Sizes from a model's config alone, for estimates: n_layers, hidden, vocabulary, context (tokens), bytes."""
+    """Sizes without loading, for estimates: n_layers, hidden, vocabulary, context (tokens), weights (numbers)."""
     require_weights(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    weights = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as tensors:
+            weights += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return {
         "n_layers": int(config.num_hidden_layers),
         "hidden": int(config.hidden_size),
         "vocabulary": int(config.vocab_size),
         "context": int(getattr(config, "max_position_embeddings", 0) or 0),
-        "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+        "weights": weights,
     }

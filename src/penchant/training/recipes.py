@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, global_time, leave_last_out
 from penchant.errors import ConfigError, NotFiniteLossError, StorageError
-from penchant.files import write_json
+from penchant.files import read_json, write_json
 from penchant.recommend import Stages, silent
 from penchant.training.checkpoints import load_checkpoint
 from penchant.training.config import TrainConfig
@@ -55,6 +55,8 @@ def finetune(
     """
     own = accelerator is None
     accelerator = accelerator or make_accelerator(config, out)
+    if resume:
+        config = _as_begun(config, out)
     split = cut(data, config) if isinstance(data, Dataset) else data
     recipe = Recipe(name, config, split, stages if accelerator.is_main_process else silent)
     config = recipe.config
@@ -92,6 +94,14 @@ def finetune(
     if own:  # it finishes the trackers, and the processes' group with them: nothing can wait after that
         accelerator.end_training()
     return outcome
+
+
+def _as_begun(config: TrainConfig, out: Path) -> TrainConfig:
+    """The settings with what "auto" was where the run began, which may have been another machine."""
+    if config.dtype != "auto" or not (out / "run.json").is_file():
+        return config
+    begun = (read_json(out / "run.json").get("config") or {}).get("dtype", config.dtype)
+    return config.model_copy(update={"dtype": begun})
 
 
 def _publish_best(recipe: Recipe, loop: Loop, out: Path) -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from penchant.engine.adapters import require_own_base, with_adapter
-from penchant.engine.blocks import States, blocks_of
-from penchant.engine.device import resolve_device, resolve_dtype
+from penchant.engine.blocks import States, lists_of
+from penchant.engine.device import resolve_device, resolve_dtype, warn_of_emulation
 from penchant.engine.folders import resolve_adapter, resolve_model
 from penchant.engine.loading import load_weights, move
 from penchant.errors import ConfigError, ModelError
@@ -41,7 +41,6 @@ class Student(nn.Module):
         if layer is not None:
             base: Any = self.causal_lm.base_model
             self._states = States(base, int(base.config.get_text_config().num_hidden_layers))
-            self._states.check(torch.zeros((1, 2), dtype=torch.long, device=self.causal_lm.device))
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -121,7 +120,9 @@ def load_student(config: TrainConfig) -> Student:
     """Base, quantised where asked, with a new adapter or ``start_from``'s; the adapter's own weights are float32."""
     folder = resolve_model(config.model)
     device = resolve_device(config.device)
-    dtype = getattr(torch, resolve_dtype(config.dtype, device))
+    numbers = resolve_dtype(config.dtype, device)
+    warn_of_emulation(numbers, device)
+    dtype = getattr(torch, numbers)
     extra: dict[str, Any] = {}
     if config.quantization != "none":
         _require_bitsandbytes()
@@ -185,7 +186,7 @@ def _freeze_above(model: Any, layer: int, n_blocks: int) -> None:
 
     Also the upper blocks of an adapter that training goes on from: they stay as they are.
     """
-    blocks = blocks_of(model, n_blocks)
+    blocks = next(iter(lists_of(model, n_blocks)), None)
     if blocks is None:
         raise ModelError(
             f"has no list of its {n_blocks} blocks to be found",
