@@ -31,6 +31,8 @@ TASKS = (
 )
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 OURS, SASREC, EASE = "encoder: ids + text", "SASRec (cross entropy)", "EASE"
+# Systems whose seconds are told, and with how many digits.
+COSTS = ((OURS, 1), ("llm+interest", 0))
 PLAIN = {
     "popularity": "popularity",
     "newest titles (BM25)": "BM25",
@@ -161,19 +163,19 @@ def overview(found: list[dict[str, Any]]) -> list[str]:
 
 
 def added(found: list[dict[str, Any]]) -> list[str]:
-    """What the LLM adds, as vectors and as a ranker, and what it costs: a row a task that asked it."""
+    """What the LLM adds, as vectors and as a ranker, and what it costs: a row a task that says one of both."""
     rows = []
     for result in found:
         runs = result["runs"]
         seconds = {one["system"].partition(" (")[0]: one["seconds_per_1000_users"] for one in runs[0]["costs"]}
-        if "llm+interest" not in seconds:
-            continue
         alone = [_alone(result, f"encoder: {name}") for name in ("ids", "text", "ids + text")]
         gains = [
             _gain(_over_all_seeds(result), f"{OURS} minus encoder: ids"),
             _gain(runs, f"llm+interest minus {OURS}"),
         ]
-        cost = (f"{seconds[OURS]:.1f}", f"{seconds['llm+interest']:.0f}")
+        if not any(gains):
+            continue
+        cost = [f"{seconds[one]:.{digits}f}" if one in seconds else "" for one, digits in COSTS]
         rows.append(f"| {result['task']} | {' | '.join([*map(_number, alone), *gains, *cost])} |")
     if not rows:
         return []
@@ -182,7 +184,8 @@ def added(found: list[dict[str, Any]]) -> list[str]:
         "",
         "NDCG@10 on all targets of the encoder with IDs alone, with the LLM's vectors of texts alone, and with both; "
         "then paired differences. Vectors are made once for a catalogue; the LLM that orders the retrieved candidates "
-        "is asked for each user (of a sample, where its own table says so). Seconds are of the first seed's run.",
+        "is asked for each user (of a sample, where its own table says so; of none where nothing stands). Seconds are "
+        "of the first seed's run.",
         "",
         "| data | IDs | text | IDs + text | text beside IDs adds | the LLM's order behind both adds | encoder, "
         "s per 1,000 users | LLM, s per 1,000 users |",
