@@ -45,10 +45,11 @@ def environment() -> dict[str, Any]:
     ``instructions`` are those that decide how fast the processor multiplies (Linux alone tells), ``cores_allowed`` the
     cores that this process may run on, ``threads`` what OMP_NUM_THREADS says (None: nothing).
     """
+    flags = _of_cpuinfo("flags", "Features").split()
     return {
         "machine": platform.machine(),
         "processor": _of_cpuinfo("model name") or platform.processor(),
-        "instructions": [one for one in _INSTRUCTIONS if one in _of_cpuinfo("flags", "Features").split()],
+        "instructions": [one for one in _INSTRUCTIONS if one in flags],
         "cores": os.cpu_count(),
         "cores_allowed": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS"),

@@ -66,8 +66,8 @@ def test_states_are_the_models_own_and_cost_no_block_above_them(model: Any) -> N
             ran.clear()
             assert torch.equal(states.at(layer, **INPUTS), wanted[layer])
             assert ran == list(range(layer))
-        whole = model(**INPUTS)  # what else runs the model is not cut
-        assert torch.equal(whole.last_hidden_state, wanted[3])
+        # What else runs the model is not cut.
+        assert torch.equal(model(**INPUTS).last_hidden_state, wanted[3])
 
 
 def whole(model: Any, states: States) -> None:
