@@ -114,7 +114,7 @@ def estimate_fit(
         "model weights": sizes["weights"] * (4 if engine.fingerprint.endswith(":float32") else 2) / mib,
         "one forward: logits and states": (256 * sizes["vocabulary"] * 8 + 4096 * sizes["hidden"] * 40) / mib,
         "item vectors": 2 * len(texts) * width * 4 / mib,
-        "encoder training: logits and gradients": (3 * logits_held(len(texts)) + 6 * len(texts) * width) * 4 / mib,
+        "encoder training: logits and gradients": (2 * logits_held(len(texts)) + 6 * len(texts) * width) * 4 / mib,
         "neighbours": 16 * len(texts) * config.encoder.near / mib,  # as trained, and as a sparse matrix to search with
         "interactions": float(split.dataset.interactions.estimated_size("mb")) * 2,
     }

@@ -27,13 +27,15 @@ def _both(n: int, m: int, d: int, seed: int, scale: float) -> tuple[torch.Tensor
     seed=st.integers(0, 10_000),
     scale=st.sampled_from([0.1, 1.0, 30.0]),
     held=st.sampled_from([1, 100, 10**6]),
+    least=st.sampled_from([1, 16, 128]),
 )
 def test_value_and_gradients_are_those_of_weighted_cross_entropy(
-    n: int, m: int, d: int, seed: int, scale: float, held: int
+    n: int, m: int, d: int, seed: int, scale: float, held: int, least: int
 ) -> None:
     states, items, target, weight = _both(n, m, d, seed, scale)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(softmax, "_HELD", held)
+        patch.setattr(softmax, "_LEAST_ROWS", least)
         got = full_softmax_loss(states, items, target, weight)
     found = torch.autograd.grad(3 * got, [states, items])
     wanted = (F.cross_entropy(states @ items.T, target, reduction="none") * weight).sum() / weight.sum()

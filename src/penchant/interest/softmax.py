@@ -8,13 +8,20 @@ import torch
 
 from penchant.engine.device import computes_bfloat16
 
-# Logits held at once: 1M float32 are 4 MB, and their softmax as many; both stay in the processor's cache.
+# Logits held at once, 4 MB of float32, which stay in the processor's cache; but never fewer rows than a product needs to
+# be worth its reading of the catalogue.
 _HELD = 1_000_000
+_LEAST_ROWS = 128
 
 
 def logits_held(n_items: int) -> int:
     """Logits that stand in memory at once."""
-    return max(16, _HELD // n_items) * n_items
+    return max(_LEAST_ROWS, _HELD // n_items) * n_items
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` in their dtype, written into ``out``."""
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(a @ b)
 
 
 class _FullSoftmax(torch.autograd.Function):
@@ -30,22 +37,26 @@ class _FullSoftmax(torch.autograd.Function):
         summed = torch.zeros((), dtype=torch.float32, device=states.device)
         slope_states, slope_items = torch.empty_like(states), torch.zeros_like(items)
         factor_states, factor_items = states.to(dtype), items.to(dtype)
-        rows = logits_held(len(items)) // len(items)
+        rows = min(len(states), logits_held(len(items)) // len(items))
+        # One room for every piece, changed in place: to take so much memory anew takes as long as a product.
+        held = states.new_empty(rows, len(items))
         for a in range(0, len(states), rows):
             part = slice(a, a + rows)
-            logits = (factor_states[part] @ factor_items.T).float()
+            logits = _product(factor_states[part], factor_items.T, held[: len(states[part])])
             at = (torch.arange(len(logits), device=logits.device), target[part])
             own, largest = logits[at], logits.amax(dim=1)
-            # One fused pass over the logits; its largest value, never below 1 / n_items, gives the normaliser back.
-            chance = torch.softmax(logits, dim=1)
-            total = largest - chance.amax(dim=1).log()
-            summed += ((total - own) * weight[part]).sum()
+            risen = logits.sub_(largest[:, None]).exp_()
+            total = risen.sum(dim=1)
+            summed += ((largest + total.log() - own) * weight[part]).sum()
             # d loss / d logits = weight * (softmax - one at the target)
-            chance.mul_(weight[part][:, None])
-            chance[at] -= weight[part]
-            slope = chance.to(dtype)
-            slope_states[part] = slope @ factor_items
-            slope_items += slope.T @ factor_states[part]
+            slope = risen.mul_((weight[part] / total)[:, None])
+            slope[at] -= weight[part]
+            slope = slope.to(dtype)
+            _product(slope, factor_items, slope_states[part])
+            if slope.dtype == slope_items.dtype:
+                slope_items.addmm_(slope.T, factor_states[part])
+            else:
+                slope_items += slope.T @ factor_states[part]
         context.save_for_backward(slope_states, slope_items)
         return summed
 
