@@ -1,7 +1,7 @@
 """Every error a user can cause: what is wrong, where, and what to do about it.
 
 The command line prints one of these as a single block and exits with code 2; anything else that
-escapes is a bug of ours and keeps its traceback.
+escapes is a bug of ours and keeps its traceback. And the warning.
 """
 
 from __future__ import annotations
@@ -46,3 +46,7 @@ class FetchError(PenchantError):
 
 class StorageError(PenchantError):
     """Files could not be written whole: disk full, no permission, or a corrupt file found."""
+
+
+class PenchantWarning(UserWarning):
+    """What goes on, and is likely not what was meant; the command line shows it as one line."""

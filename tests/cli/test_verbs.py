@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from tests.conftest import toy_frames
 
 from penchant.data.dataset import Dataset
+from penchant.errors import PenchantWarning
 from penchant.fetch import KNOWN
 from penchant.files import sha256_file, write_json
 from penchant.recommend import Recommender
@@ -525,6 +527,12 @@ def test_doctor_fails_where_the_core_is_broken(penchant: Call, monkeypatch: pyte
     ended = penchant("doctor")
     assert ended.code == 1
     assert re.search(r"^peft +does not import: ", ended.out, re.MULTILINE)
+
+
+def test_a_warning_of_ours_is_one_line_and_a_library_s_names_its_place(penchant: Call) -> None:
+    penchant("--version")
+    assert warnings.formatwarning("slow [b]", PenchantWarning, "f.py", 1) == "warning: slow [b]\n"
+    assert warnings.formatwarning("old", FutureWarning, "f.py", 1, "").startswith("f.py:1: FutureWarning: old")
 
 
 def test_fetch_ends_with_the_folder(penchant: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

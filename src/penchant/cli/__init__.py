@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 
 import typer
 
@@ -21,7 +22,7 @@ from penchant.cli.merge import merge_command
 from penchant.cli.prepare import prepare_command
 from penchant.cli.prompt import prompt_command
 from penchant.cli.recommend import recommend_command
-from penchant.errors import ConfigError, PenchantError
+from penchant.errors import ConfigError, PenchantError, PenchantWarning
 from penchant.files import disk_full
 
 app = typer.Typer(
@@ -57,8 +58,21 @@ def _root(
     """A causal language model as a recommender."""
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One of ours is for the user and says it all; a library's is of the code, so its place belongs to it."""
+    if issubclass(category, PenchantWarning):
+        return f"warning: {message}\n"
+    return _plain_warning(message, category, filename, lineno, line)
+
+
+_plain_warning = warnings.formatwarning
+
+
 def main() -> None:
     """Run a verb. A mistake of the user's is one message on stderr and exit code 2; a bug keeps its traceback."""
+    warnings.formatwarning = _format_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a title that the terminal cannot show is no reason to stop

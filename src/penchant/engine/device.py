@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, PenchantWarning
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -49,7 +49,7 @@ def warn_of_emulation(dtype: str, device: torch.device) -> None:
     """Say so where bfloat16 was asked for, such as by a run that was fitted elsewhere, and will be emulated."""
     if dtype == "bfloat16" and not computes_bfloat16(device):
         what = f"{device.type} only emulates bfloat16, many times slower than float32 (dtype auto chooses)"
-        warnings.warn(what, stacklevel=3)
+        warnings.warn(what, PenchantWarning, stacklevel=3)
 
 
 def describe_device() -> str:

@@ -21,7 +21,7 @@ from penchant.engine.blocks import States
 from penchant.engine.common import Limits, Work, check_finite, check_pooling, check_search, encoded, paired, searches
 from penchant.engine.search import Search
 from penchant.engine.tree import Branch, TreeRunner, branch_of, tokens_at
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, PenchantWarning
 from penchant.tokens import Prompt, TextCodec
 
 if TYPE_CHECKING:
@@ -344,6 +344,7 @@ class TransformersEngine:
         warnings.warn(
             f"{type(self._tree.model).__name__} gives other scores behind a shared prompt ({why}); "
             "scoring runs one full sequence a candidate, which is right and slow",
+            PenchantWarning,
             stacklevel=4,
         )
 

@@ -33,7 +33,7 @@ from penchant.engine.folders import resolve_adapter
 from penchant.engine.search import Search
 from penchant.engine.vllm_options import VllmOptions
 from penchant.engine.vllm_runner import Counts, Lora, Runner
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, PenchantWarning
 from penchant.tokens import Prompt, TextCodec
 
 if TYPE_CHECKING:
@@ -267,6 +267,7 @@ class VllmEngine:
             warnings.warn(
                 f"vLLM's prompt log-probabilities are off by {worst:.3g} nats here; scoring asks for one token at a "
                 "time, which is right and slow",
+                PenchantWarning,
                 stacklevel=4,
             )
 

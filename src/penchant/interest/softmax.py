@@ -8,8 +8,8 @@ import torch
 
 from penchant.engine.device import computes_bfloat16
 
-# Logits held at once, 4 MB of float32, which stay in the processor's cache; but never fewer rows than a product needs to
-# be worth its reading of the catalogue.
+# Logits held at once, 4 MB of float32, which stay in the processor's cache; but never fewer rows than make it worth
+# while for a product to read the catalogue.
 _HELD = 1_000_000
 _LEAST_ROWS = 128
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 
-from penchant.errors import ConfigError, ModelError, NotFiniteLossError
+from penchant.errors import ConfigError, ModelError, NotFiniteLossError, PenchantWarning
 from penchant.files import without_nan
 from penchant.training.batch import Batch, collate
 from penchant.training.checkpoints import checkpoints, load_checkpoint, prune, save_checkpoint
@@ -384,7 +384,7 @@ class Loop:
         """Say it aloud, and in the outcome."""
         self.state["warnings"].append(text)
         if self.accelerator.is_main_process:
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(text, PenchantWarning, stacklevel=2)
 
     def _record(self, record: dict[str, Any]) -> None:
         if self._journal is None:
