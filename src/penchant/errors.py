@@ -1,7 +1,7 @@
-"""Every error a user can cause: what is wrong, where, and what to do about it.
+"""Every error a user can cause: what is wrong, where, and what to do about it; and the class of our warnings.
 
-The command line prints one of these as a single block and exits with code 2; anything else that
-escapes is a bug of ours and keeps its traceback. And the warning.
+The command line prints one of these errors as a single block and exits with code 2; anything else that
+escapes is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations

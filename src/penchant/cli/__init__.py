@@ -58,6 +58,9 @@ def _root(
     """A causal language model as a recommender."""
 
 
+_plain_warning = warnings.formatwarning
+
+
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
@@ -65,9 +68,6 @@ def _format_warning(
     if issubclass(category, PenchantWarning):
         return f"warning: {message}\n"
     return _plain_warning(message, category, filename, lineno, line)
-
-
-_plain_warning = warnings.formatwarning
 
 
 def main() -> None:

@@ -37,9 +37,9 @@ class _FullSoftmax(torch.autograd.Function):
         summed = torch.zeros((), dtype=torch.float32, device=states.device)
         slope_states, slope_items = torch.empty_like(states), torch.zeros_like(items)
         factor_states, factor_items = states.to(dtype), items.to(dtype)
-        rows = min(len(states), logits_held(len(items)) // len(items))
-        # One room for every piece, changed in place: to take so much memory anew takes as long as a product.
-        held = states.new_empty(rows, len(items))
+        rows = logits_held(len(items)) // len(items)
+        # One room for every piece, changed in place: so much memory is slow to take anew.
+        held = states.new_empty(min(rows, len(states)), len(items))
         for a in range(0, len(states), rows):
             part = slice(a, a + rows)
             logits = _product(factor_states[part], factor_items.T, held[: len(states[part])])
