@@ -1,13 +1,13 @@
-"""The tables of results, made from the JSON of eval/results: two in the README, all of them in eval/results/README.md.
+"""The tables of results, made from eval/results: three in the README, all of the tasks' in eval/results/README.md.
 
 python eval/tables.py            # rewrites both
 python eval/tables.py --check    # exits 1 where one of them is not what the results say
 
-The README has a row a task: the plain baselines, ours, and what it is ahead by; and then what the LLM adds to IDs, and
-its cost. In eval/results/README.md a task has two blocks: every system on all targets, and on the LLM's sample its own
-rows with the best of the others (all of them are in results/TASK.md). Above them stands what every table must say: that
-leave-last-out leaks time, how many targets only the order of items in a tie decided, that candidates were sampled, and
-how to make it again.
+The README has a row a task: the plain baselines, ours, and what it is ahead by; then what the LLM adds to IDs, and its
+cost; then what a shop's whole night costs. In eval/results/README.md a task has two blocks: every system on all
+targets, and on the LLM's sample its own rows with the best of the others (all of them are in results/TASK.md). Above
+them stands what every table must say: that leave-last-out leaks time, how many targets only the order of items in a tie
+decided, that candidates were sampled, and how to make it again.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ _LLM_ADDS = "what the LLM adds"
 _STAGE = ("llm", OURS, "the candidates in random order")
 # Notes of a report without which no table is to be read.
 _SAID = ("a tie in time decided", "ranked among sampled candidates only", "leave-last-out: whatever is trained")
+LISTS = "write everybody's ten"  # as eval/speed/nightly.py calls it
 LLM = "llm yes_no"  # as eval/tallrec.py calls the LLM, alone or in a name
 METRICS = ("Recall@10", "NDCG@10")
 _LEGEND = (
@@ -301,6 +302,31 @@ def tallrec(run: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def night(run: dict[str, Any]) -> list[str]:
+    """What a shop's whole night costs, and how that grows with users and catalogue (eval/speed/nightly.py)."""
+    whole, machine = run["night"], run["environment"]
+    asked, minutes = whole["llm"], whole["seconds"]["in all"] / 60
+    lines = [
+        "### A shop's night, and how it grows",
+        "",
+        f"All users of {run['task']}: read the log, embed the titles, train the encoder with IDs, text and neighbours "
+        f"(here {whole['epochs']} epochs) and write ten items for everybody take {minutes:.0f} minutes and "
+        f"{whole['peak_mib'] / 1024:.1f} GiB. The untuned LLM behind it takes {asked['seconds a user']:.2f} seconds a "
+        f"user ({asked['users']} asked); for everybody that would be {asked['hours for everybody, estimated']:.0f} "
+        f"hours. {machine['cores_allowed']} cores, {', '.join(machine['instructions'])}, {run['model']}. Rows below "
+        "the first have a seeded share of the users or of the catalogue, with the events that remain, and two epochs.",
+        "",
+        "| users | titles | events | embed the titles, s | train, s an epoch | ten items for everybody, s | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in (whole, *run["growth"]):
+        took = row["seconds"]
+        cells = [f"{row[name]:,}" for name in ("users", "items", "events")]
+        cells += [f"{took['embed items']:.0f}", f"{row['seconds an epoch']:.0f}", f"{took[LISTS]:.0f}"]
+        lines.append(f"| {' | '.join(cells)} | {row['peak_mib']:,} |")
+    return [*lines, ""]
+
+
 def _ranged(found: dict[str, Any]) -> str:
     return f"{_number(found['mean'])} [{_number(found['low'])}, {_number(found['high'])}]"
 
@@ -314,9 +340,11 @@ def tasks_of(results: Path) -> list[dict[str, Any]]:
     return [read_json(path) for path in (results / f"{task}.json" for task in TASKS) if path.is_file()]
 
 
-def summary(tasks: list[dict[str, Any]]) -> str:
+def summary(tasks: list[dict[str, Any]], results: Path) -> str:
     """The README's part."""
-    return "\n".join([*_LEGEND, *overview(tasks), *added(tasks)]).strip() + "\n"
+    path = results / "nightly-games.json"
+    cost = night(read_json(path)) if path.is_file() else []
+    return "\n".join([*_LEGEND, *overview(tasks), *added(tasks), *cost]).strip() + "\n"
 
 
 def tables(tasks: list[dict[str, Any]], results: Path) -> str:
@@ -344,7 +372,7 @@ def main(
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     made = {
-        readme: f"{before}{BEGIN}\n{summary(tasks)}{END}{after}",
+        readme: f"{before}{BEGIN}\n{summary(tasks, results)}{END}{after}",
         results / "README.md": tables(tasks, results),
     }
     for path, text in made.items():

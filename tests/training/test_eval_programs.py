@@ -271,3 +271,28 @@ def test_the_full_batch_has_no_mask_and_says_what_a_plain_forward_says(byte_fold
         logits = student.eval().causal_lm(input_ids=full.tokens).logits[0].log_softmax(-1)
         said = student(full)
     assert said.numpy() == pytest.approx(logits[np.arange(39), full.tokens[0, 1:]].numpy(), abs=1e-4)
+
+
+def test_a_nights_table_has_the_whole_night_first_and_its_shares_below() -> None:
+    def row(users: int, epoch: float) -> dict[str, Any]:
+        seconds = {"read the log": 1.0, "embed items": 12.6, "train encoder": 9.0, "write everybody's ten": 3.4}
+        return {
+            "users": users,
+            "items": 4_000,
+            "events": 9,
+            "seconds": seconds,
+            "seconds an epoch": epoch,
+            "peak_mib": 2048,
+        }
+
+    whole = row(1_000, 99.6) | {"epochs": 17, "llm": {"users": 5, "seconds a user": 1.5}}
+    whole["llm"]["hours for everybody, estimated"] = 2.4
+    whole["seconds"] |= {"in all": 120.0}
+    about = {"task": "games", "model": "tiny", "environment": {"cores_allowed": 2, "instructions": ["avx2"]}}
+    lines = program("tables.py").night({"night": whole, "growth": [row(250, 25.4)], **about})
+    assert [line for line in lines if line.startswith("| ")][1:] == [
+        "| 1,000 | 4,000 | 9 | 13 | 100 | 3 | 2,048 |",
+        "| 250 | 4,000 | 9 | 13 | 25 | 3 | 2,048 |",
+    ]
+    for told in ("2 minutes", "2.0 GiB", "1.50 seconds", "(5 asked)", "2 hours", "2 cores, avx2"):
+        assert told in lines[2]
