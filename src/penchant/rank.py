@@ -30,12 +30,13 @@ _PROMPTS = 4096
 
 
 _LETTERS = ascii_uppercase + ascii_lowercase
+MOST_LETTERS = len(_LETTERS)
 
 
 def letters(n: int) -> list[str]:
     """The labels of n candidates: A to Z, then a to z."""
     if n > len(_LETTERS):
-        raise ConfigError(f"{n} candidates", where="choose", remedy=f"take at most {len(_LETTERS)}")
+        raise ConfigError(f"{n} candidates", where="choose", remedy=f"take at most {MOST_LETTERS}")
     return list(_LETTERS[:n])
 
 
@@ -136,15 +137,36 @@ class Ranker:
         if self.question == "likelihood":
             return self.prompt(history).prompt
         nothing: dict[str, Any] = {"candidates": []} if self.question == "choose" else {"item": {"text": ""}}
-        return self._render(self.question, history, **nothing).prompt
+        return self.render(self.question, history, **nothing).prompt
+
+    def lettered(
+        self, history: NDArray[np.integer], candidates: NDArray[np.integer]
+    ) -> tuple[Rendered, NDArray[np.integer]]:
+        """The prompt that asks for a candidate's letter, and the places of the candidates as they stand in it.
+
+        Their order is random, and a function of the candidates alone, so that the retriever's own order doesn't show.
+        """
+        order = np.argsort(candidates)[np.random.default_rng(np.sort(candidates).tolist()).permutation(len(candidates))]
+        listed = [
+            {"label": label, "text": self._texts[int(candidates[i])]}
+            for label, i in zip(letters(len(candidates)), order, strict=True)
+        ]
+        return self.render("choose", history, candidates=listed), order
+
+    def about(self, history: NDArray[np.integer], item: int) -> Rendered:
+        """The prompt that asks whether a user will like an item."""
+        return self.render("yes_no", history, item={"text": self._texts[item]})
 
     def _prompt_of(self, recent: tuple[int, ...]) -> Rendered:
-        return self._render("next_item", np.array(recent, dtype=np.int32))
+        return self.render("next_item", np.array(recent, dtype=np.int32))
 
     def _recent(self, history: NDArray[np.integer]) -> NDArray[np.integer]:
         return history[-self._max_history :] if self._max_history else history[:0]
 
-    def _render(self, name: str, history: NDArray[np.integer], **more: Any) -> Rendered:
+    def render(self, name: str, history: NDArray[np.integer], **more: Any) -> Rendered:
+        """A template of a history (item indices, oldest first), cut to its newest events; ``more`` is what else it
+        names.
+        """
         recent = self._recent(history)
         rendered = self._templates.render(
             name,
@@ -170,19 +192,9 @@ class Ranker:
         candidates: Sequence[NDArray[np.integer]],
         progress: Progress | None = None,
     ) -> list[NDArray[np.float64]]:
-        """log p of each candidate's letter among the letters: one forward a user, its candidates in random order.
-
-        The order is a function of the candidates alone, so that the retriever's own order doesn't show.
-        """
-        prompts, orders = [], []
-        for history, row in zip(histories, candidates, strict=True):
-            order = np.argsort(row)[np.random.default_rng(np.sort(row).tolist()).permutation(len(row))]
-            lettered = [
-                {"label": label, "text": self._texts[int(row[i])]}
-                for label, i in zip(letters(len(row)), order, strict=True)
-            ]
-            prompts.append(self._render("choose", history, candidates=lettered).prompt)
-            orders.append(order)
+        """log p of each candidate's letter among the letters: one forward a user, its candidates in random order."""
+        asked = [self.lettered(history, row) for history, row in zip(histories, candidates, strict=True)]
+        prompts, orders = [rendered.prompt for rendered, _ in asked], [order for _, order in asked]
         most = max(map(len, candidates), default=0)
         logp = label_logprobs(self._engine, prompts, letters(most), progress=progress) if most else np.zeros((0, 0))
         out = []
@@ -203,7 +215,7 @@ class Ranker:
         labels = self._templates.headers["yes_no"].labels
         out = []
         for user, (history, row) in enumerate(zip(histories, candidates, strict=True)):
-            prompts = [self._render("yes_no", history, item={"text": self._texts[int(i)]}).prompt for i in row]
+            prompts = [self.about(history, int(i)).prompt for i in row]
             logp = label_logprobs(self._engine, prompts, labels) if prompts else np.zeros((0, 2))
             scores = logp[:, 0] - logp[:, 1]
             _check_finite(scores, f"row {user}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -464,6 +465,35 @@ def test_prompt_shows_what_the_model_reads(penchant: Call, ready: Any, template:
 def test_prompt_asks_about_the_item_given(penchant: Call, ready: Any) -> None:
     ended = penchant("prompt", ready.run, "--user", "u0", "--template", "yes_no", "--item", "11")
     assert "next?\n- M (1931)\n" in ended.out
+
+
+def test_prompt_counts_what_happened_since_the_fit(penchant: Call, ready: Any, tmp_path: Path) -> None:
+    shutil.copytree(ready.run, tmp_path / "run")
+    model = Recommender.load(tmp_path / "run")
+    model.update("somebody new", [{"item_id": "11"}])
+    taken, removed, *left = sorted(set(TITLES) - set(U0))
+    model.update("u0", [{"item_id": taken}])
+    model.remove_items([removed])
+    ended = penchant("prompt", tmp_path / "run", "--user", "somebody new")
+    assert "1 of 1 events kept" in ended.out
+    assert "M (1931)\n" in ended.out
+    ended = penchant("prompt", tmp_path / "run", "--user", "u0", "--template", "choose")
+    assert "10 of 10 events kept" in ended.out
+    candidates = re.findall(r"^[A-Z]\. (.+)$", ended.out, re.MULTILINE)
+    assert sorted(candidates) == sorted(TITLES[item] for item in left)
+
+
+def test_prompt_shows_the_runs_own_question_as_the_ranker_asks_it(penchant: Call, ready: Any, tmp_path: Path) -> None:
+    assert penchant(*ready.fit, "--question", "choose", "--out", tmp_path / "run").code == 0
+    ended = penchant("prompt", tmp_path / "run", "--user", "u0")
+    assert "template choose" in ended.out
+    model = Recommender.load(tmp_path / "run")
+    history = model.behaviour("u0")
+    retrieved = model.retrieve([history], model.config.candidates)[0][0]
+    asked, order = model.ranker.lettered(history.item, retrieved[retrieved >= 0])
+    assert order.tolist() != sorted(order.tolist()), "shuffled: the retriever's order must not show"
+    codec = model.engine.codec
+    assert ended.out.startswith(codec.tokenizer.decode(codec.encode(asked.prompt)))
 
 
 def test_prompt_tokens_are_those_it_counts(penchant: Call, ready: Any) -> None:
