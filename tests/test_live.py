@@ -113,6 +113,23 @@ def test_an_update_is_served_at_once_without_the_llm(model: Recommender) -> None
     np.testing.assert_array_equal(vector(model, "u2"), vector(other, "u2"))
 
 
+def test_what_is_popular_counts_events_since_the_fit_too(model: Recommender, tmp_path: Path) -> None:
+    was = model.recommend(history=[], k=16)
+    assert set(was["stage"]) == {"popularity"}
+    model.add_items([NEW])
+    last = was["item_id"][-1]
+    most = int(was["score"][0])
+    model.update("u1", [{"item_id": last}] * (most + 1))
+    model.update("somebody", [{"item_id": "new"}] * (most + 2))
+    model.save(tmp_path / "run")
+    for served in (model, Recommender.load(tmp_path / "run")):
+        found = served.recommend(history=[], k=17)
+        assert found["item_id"].to_list()[:2] == [last, "new"]  # the fit's log held the last one already
+        counts = dict(zip(found["item_id"], found["score"], strict=True))
+        assert counts["new"] == most + 2
+        assert counts[last] == was["score"][-1] + most + 1
+
+
 def test_an_updated_user_is_what_a_run_fitted_on_all_events_makes_of_them(
     base: Recommender, model: Recommender
 ) -> None:

@@ -211,11 +211,12 @@ class Recommender(Updated):
 
         ``text`` is what a user says they want: items whose text is near to it, blended with the user's interest, or
         with popularity where there is no history; ``text_weight`` (0 to 1) is the words' share. An embedding hears what
-        is named, not what is denied: use ``where`` for what must not come.
+        is named, not what is denied: use ``where`` for what must not come. The LLM is asked for the words' vector, and
+        ``method`` plays no part.
 
         ``diversity`` (0 to 1) trades relevance for variety (maximal marginal relevance over the items' LLM vectors),
         ``caps`` says for item columns how many items of one value a list may hold, and a title comes once unless
-        ``unique_titles`` is False. With any of them a list is chosen from more than k candidates.
+        ``unique_titles`` is False. What they take out of a list is filled up from behind it.
 
         Columns: user_id (null for a history), item_id, title, score, rank from 1, stage. Scores compare
         within a user and a stage only. Fewer than k rows where the filters leave fewer.

@@ -310,7 +310,7 @@ class Served(Fitted):
         return self.engine.generate(prompts, self.trie, k, allowed=masks, bonus=bonus)
 
     def _popularity(self) -> NDArray[np.float64]:
-        """Events of each item that the model was given, (n_items,)."""
+        """Events of each item in the log of the fit, (n_items,)."""
         return np.bincount(self.log.item, minlength=len(self.texts)).astype(np.float64)
 
     def _popular(self, k: int, allowed: NDArray[np.bool_] | None) -> Answer:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from penchant import schema
 from penchant.errors import ConfigError
@@ -30,6 +31,7 @@ class Updated(Served):
         super().__post_init__()
         self._events = LiveEvents(dict(self.split.dataset.interactions.schema))
         self._behaviours: dict[str, Behaviour] = {}  # of users with events since the fit
+        self._since = np.zeros(len(self.texts))  # events of each item since the fit
         self._journal: Journal | None = None
         additions, self.live = self.live, []
         for record in additions:
@@ -98,6 +100,10 @@ class Updated(Served):
         if len(item_ids):
             self._keep({"removed": [str(name) for name in item_ids]})
 
+    def _popularity(self) -> NDArray[np.float64]:
+        """Events of each item, at the fit and since, (n_items,)."""
+        return super()._popularity() + self._since
+
     def attach(self, folder: Path) -> None:
         """From now on updates are written to this run's journal, which holds all there were up to now."""
         if self._journal is not None:
@@ -123,6 +129,8 @@ class Updated(Served):
             first = self.encoder.add_words(unpacked(record["words"]["vectors"]))
             self.word_rows |= {text: first + i for i, text in enumerate(record["words"]["texts"])}
         self._events.add(user, record["events"])
+        for event in record["events"]:
+            self._since[self.item_index[event[schema.ITEM]]] += 1
         base = self.split.dataset.interactions
         at = self.log.user_index.get(user)
         part = slice(0, 0) if at is None else self.log.all_of(at)
@@ -143,6 +151,7 @@ class Updated(Served):
         self.texts = [*self.texts, *record["texts"]]
         self.vectors = np.concatenate([self.vectors, vectors])
         self.removed = np.concatenate([self.removed, np.zeros(len(rows), dtype=bool)])
+        self._since = np.concatenate([self._since, np.zeros(len(rows))])
         if self.prior is not None:
             self.prior = np.concatenate([self.prior, np.full(len(rows), np.nan)])
         self.index.add(self.encoder.item_matrix()[first:])

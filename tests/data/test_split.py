@@ -347,6 +347,19 @@ def test_global_time_trains_strictly_before_validation_and_that_before_test(
         assert part.position.tolist() == [p for mine in expected for p in mine]
 
 
+@pytest.mark.parametrize(("test_from", "valid_from"), [(70, 60), (99, 89), (15, 5)])
+def test_behind_a_test_that_begins_at_a_moment_validation_is_its_share_right_before(
+    test_from: int, valid_from: int
+) -> None:
+    dataset = made([(f"u{n % 3}", str(n % 5 + 1), n) for n in range(100)])
+    split = global_time(dataset, test_from=_at(test_from))
+    assert split.spec["valid_from"] == _at(valid_from).isoformat()
+    assert len(split.valid) == 10
+    assert len(split.test) == 100 - test_from
+    with pytest.raises(ConfigError, match="validation window is empty"):
+        global_time(dataset, test_from=_at(0))
+
+
 def test_global_time_refuses_what_leaves_a_part_empty() -> None:
     dataset = made(GLOBAL)
     with pytest.raises(ConfigError, match="validation window is empty"):

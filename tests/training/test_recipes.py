@@ -22,7 +22,7 @@ from tests.training.test_yes_no import entry
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from penchant.data.dataset import Dataset
-from penchant.data.split import leave_last_out
+from penchant.data.split import global_time, leave_last_out
 from penchant.engine.loading import load_engine
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.prompt import Templates
@@ -573,8 +573,13 @@ def test_splits_are_cut_as_asked_for(toy: Dataset, byte_folder: Path) -> None:
     later = datetime.fromtimestamp(1_000_000 + 420, UTC)
     found = cut(toy, settings(byte_folder, split="global-time", valid_from=at, test_from=later))
     assert found.spec["kind"] == "global time"
-    with pytest.raises(ConfigError, match="need split: global-time"):
-        cut(toy, settings(byte_folder, valid_from=at))
+    # As `penchant fit --targets` cuts it: a run fitted so may be evaluated with this adapter.
+    last = cut(toy, settings(byte_folder, split="global-time", valid_from=at, test_from=later, targets="last"))
+    assert last.spec == global_time(toy, valid_from=at, test_from=later, targets="last").spec
+    assert last.spec != found.spec
+    for other in ({"valid_from": at}, {"targets": "last"}):
+        with pytest.raises(ConfigError, match="need split: global-time"):
+            cut(toy, settings(byte_folder, **other))
 
 
 @pytest.mark.filterwarnings("ignore:no held-out row")

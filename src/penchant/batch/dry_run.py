@@ -31,8 +31,8 @@ def dry_run(
     n_threads: int | None = None,
     **settings: object,
 ) -> dict[str, Any]:
-    """As ``run``, but nothing is written. Keys: rows, shards, sample_rows, bad_in_sample, tokens, users_per_s, seconds
-    (of one process, the model's loading left out).
+    """As ``run``, but nothing is written. Keys: rows, shards, shard_rows, sample_rows, bad_in_sample, tokens,
+    users_per_s, seconds (of one process, the model's loading left out).
     """
     job = asked(model, rows, options, n_threads=n_threads, **settings)
     shards = Shards(Path(), job.source.rows, job.options.rows)

@@ -42,7 +42,7 @@ def cached_share(asked: int, run: int) -> float | None:
 
 
 class Progress:
-    """What this process did, told to a file and, where given, to ``tell`` (rows done, rows in all)."""
+    """What this process did, told to a file."""
 
     def __init__(self, run: Path, part: tuple[int, int], shards: int, rows: int, done: Sequence[Record]) -> None:
         """``shards`` and ``rows`` are this process's share, ``done`` the records of what was there already."""

@@ -40,7 +40,9 @@ def batch_command(
     cap: Annotated[list[str] | None, typer.Option(help="COLUMN=N: at most N items of one value.")] = None,
     same_titles: Annotated[bool, typer.Option("--same-titles", help="Items of one title may stand together.")] = False,
     calibration: Annotated[float, typer.Option(help="With generate: share of the no-history likelihood out.")] = 0.0,
-    shard_rows: Annotated[int | None, typer.Option(help="Rows of a shard: 256 with the LLM, 8,192 without.")] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(help="Rows of a shard: 8,192 with retrieve or --embed, else 256.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows answered together.")] = 256,
     backend: Annotated[
         str | None, typer.Option(help="transformers or vllm: what runs the LLM; else what the run was fitted with.")

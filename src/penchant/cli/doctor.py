@@ -8,11 +8,14 @@ import shutil
 
 import typer
 
+_EVALUATION = ("bm25s", "implicit", "statsmodels")
 # Distribution's module, what it is for, how to get it.
 _EXTRAS = (
     ("bitsandbytes", "4- and 8-bit weights", "pip install 'penchant[quant]'"),
     ("faiss", "approximate retrieval for large catalogues", "pip install 'penchant[faiss]'"),
     ("vllm", "GPU serving", "pip install 'penchant[vllm]'"),
+    ("ray", "batch jobs on many machines", "pip install 'penchant[ray]'"),
+    *((name, "baselines and tests of an evaluation", "pip install 'penchant[eval]'") for name in _EVALUATION),
 )
 
 

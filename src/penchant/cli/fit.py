@@ -145,8 +145,8 @@ def _split(
 
     if kind is SplitKind.global_time:
         return global_time(dataset, valid_from=valid_from, test_from=test_from, targets=targets)  # type: ignore[arg-type]
-    if valid_from or test_from:
-        raise ConfigError("--valid-from and --test-from need --split global-time", where="fit")
+    if valid_from or test_from or targets != "all":
+        raise ConfigError("--valid-from, --test-from and --targets need --split global-time", where="fit")
     return leave_last_out(dataset, test=kind is SplitKind.leave_last_out)
 
 

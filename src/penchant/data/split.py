@@ -186,8 +186,9 @@ def global_time(
 ) -> Split:
     """Training before one moment, validation up to a second, test after it, for every user alike.
 
-    Give the moments (naive: UTC), or the shares of all events that shall lie in each window. ``targets``:
-    every event of a window, or each user's first or last in it.
+    Give the moments (naive: UTC), or the shares of all events that shall lie in each window: behind ``test_from``
+    alone, validation is the ``valid_share`` of all events that comes right before it. ``targets``: every event of a
+    window, or each user's first or last in it.
     """
     log = EventLog.from_dataset(dataset)
     if targets not in ("all", "first", "last"):
@@ -199,10 +200,13 @@ def global_time(
     ordered = np.sort(log.time)
     n_test, n_valid = (max(1, round(len(ordered) * share)) for share in (test_share, valid_share))
     until_test = _micros(test_from) if test_from else int(ordered[-n_test])
-    until_valid = _micros(valid_from) if valid_from else int(ordered[-min(n_test + n_valid, len(ordered))])
+    before = int(np.searchsorted(ordered, until_test)) if test_from else len(ordered) - n_test
+    until_valid = _micros(valid_from) if valid_from else int(ordered[max(0, before - n_valid)])
     if until_valid >= until_test:
         raise ConfigError(
-            "the validation window is empty", where="global_time", remedy="let valid_from be before test_from"
+            "the validation window is empty",
+            where="global_time",
+            remedy="let valid_from be before test_from, and events before it",
         )
 
     def window(low: int, high: int | None) -> NDArray[np.int64]:

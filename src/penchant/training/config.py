@@ -39,6 +39,10 @@ class TrainConfig(BaseModel):
     )
     valid_from: datetime | None = Field(default=None, description="global-time: start of validation (UTC)")
     test_from: datetime | None = Field(default=None, description="global-time: start of the test (UTC)")
+    targets: Literal["all", "first", "last"] = Field(
+        default="all",
+        description="global-time: which events of a user in a window are held out targets, as `fit` has it",
+    )
     prompts: str | None = Field(default=None, description="folder of templates that replace the shipped ones")
     model: str = Field(default="smollm2-135m", description="a known name, a model's folder, or a hub id")
     start_from: str | None = Field(default=None, description="an adapter to go on from, such as another recipe's")

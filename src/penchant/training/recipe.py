@@ -325,6 +325,7 @@ _NOT_ROWS = {
     "split",
     "valid_from",
     "test_from",
+    "targets",
     "prompts",
     "examples",
     "valid_examples",

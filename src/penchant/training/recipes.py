@@ -28,9 +28,9 @@ from penchant.training.task import Outcome
 def cut(dataset: Dataset, config: TrainConfig) -> Split:
     """The split the settings ask for."""
     if config.split == "global-time":
-        return global_time(dataset, valid_from=config.valid_from, test_from=config.test_from)
-    if config.valid_from or config.test_from:
-        raise ConfigError("valid_from and test_from need split: global-time", where="training")
+        return global_time(dataset, valid_from=config.valid_from, test_from=config.test_from, targets=config.targets)
+    if config.valid_from or config.test_from or config.targets != "all":
+        raise ConfigError("valid_from, test_from and targets need split: global-time", where="training")
     return leave_last_out(dataset, test=config.split == "leave-last-out")
 
 
