@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +19,7 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import Split, global_time, leave_last_out
 from penchant.engine.loading import load_engine
 from penchant.engine.transformers import TransformersEngine
-from penchant.errors import ConfigError, DataError, ModelError, StorageError
+from penchant.errors import ConfigError, DataError, ModelError, PenchantWarning, StorageError
 from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
 from penchant.recommend import Method, Recommender
@@ -491,6 +492,21 @@ def test_an_items_prior_is_computed_once_for_all_users(fitted: Recommender) -> N
     assert engine.scored == 10 * CANDIDATES + len(distinct)
     model.recommend(users=users, k=CANDIDATES)
     assert engine.scored == 2 * 10 * CANDIDATES + len(distinct)
+
+
+@pytest.mark.parametrize("most", [2, 16])
+def test_lists_that_the_search_could_not_prove_are_warned_of(
+    most: int, real: Recommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = real.engine.generate
+    monkeypatch.setattr(real.engine, "generate", partial(whole, max_expansions=most))
+    with pytest.warns(PenchantWarning, match="generated lists are the best that was found") as told:
+        found = real.recommend(users=["u0", "u1"], k=6, method="generate")
+    assert len(told) == 1
+    assert len(found) < 12, "so few expansions do not find them all"
+    monkeypatch.undo()
+    real.recommend(users=["u0", "u1"], k=6, method="generate")  # warnings are errors: the whole search is proved
+    real.recommend(users=["u0"], k=6, method="generate", allow=events(dataset, "u0"))  # seen, all of them: none is left
 
 
 @pytest.mark.parametrize("filters", [{}, {"deny": ["1", "5"]}, {"allow": ["2", "3", "11"]}, {"include_seen": True}])

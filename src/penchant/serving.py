@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +14,7 @@ from penchant import schema
 from penchant.adapter_card import check_templates, trained_part
 from penchant.catalog_trie import CatalogTrie
 from penchant.data.history import EventLog
-from penchant.errors import ConfigError, DataError, ModelError
+from penchant.errors import ConfigError, DataError, ModelError, PenchantWarning
 from penchant.fusion import zscore
 from penchant.interest.behaviour import Behaviour, History
 from penchant.interest.hnsw import HNSWIndex
@@ -307,7 +308,17 @@ class Served(Fitted):
             masks.append(mask)
         prompts = [self.ranker.prompt(h.item).prompt for h in histories]
         bonus = -calibration * self.ranker.priors(np.arange(len(self.texts))) if calibration else None
-        return self.engine.generate(prompts, self.trie, k, allowed=masks, bonus=bonus)
+        found = self.engine.generate(prompts, self.trie, k, allowed=masks, bonus=bonus)
+        gaps = [row[0].gap if row else np.inf for row, mask in zip(found, masks, strict=True) if mask.any()]
+        gaps = [gap for gap in gaps if gap > 0]
+        if gaps:
+            warnings.warn(
+                f"{len(gaps)} of {len(found)} generated lists are the best that was found before the search gave up: "
+                f"an item that is not listed may be up to {max(gaps):.2f} nats better",
+                PenchantWarning,
+                stacklevel=2,
+            )
+        return found
 
     def _popularity(self) -> NDArray[np.float64]:
         """Events of each item in the log of the fit, (n_items,)."""
