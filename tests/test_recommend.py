@@ -703,3 +703,20 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(StorageError):
         Recommender.load(tmp_path / "other")
+
+
+def test_a_run_is_not_saved_over_what_it_would_lose(fitted: Recommender, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fitted.save(run)
+    fitted.save(run)
+    (run / "recs").mkdir()
+    with pytest.raises(StorageError, match=r"holds other things \(recs\)"):
+        fitted.save(run)
+    (run / "recs").rmdir()
+    served = mixing(Recommender.load(run), HALF)
+    served.attach(run)
+    served.update("u0", [{"item_id": "1"}])
+    served.save(run)  # its own additions are saved with it
+    with pytest.raises(StorageError, match="came after the fit"):
+        dataclasses.replace(fitted, live=[]).save(run)
+    assert len(Recommender.load(run).live) == 1

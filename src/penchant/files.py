@@ -101,7 +101,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
             for path in sorted(stage.rglob("*")):
                 if path.is_file():
                     _sync(path)
-            stage.chmod(0o755)
+            stage.chmod(0o777 & ~_umask())
             if target.exists():
                 # A folder cannot be replaced in one step: move the old one aside, then the new one in.
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
@@ -120,6 +120,13 @@ def staged_folder(target: Path) -> Iterator[Path]:
             raise
 
 
+def _umask() -> int:
+    """What the user keeps from others: temporary files and folders are their owner's alone, whatever it says."""
+    mask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling path that becomes the file ``target`` if the block ends well."""
@@ -131,7 +138,7 @@ def staged_file(target: Path) -> Iterator[Path]:
         stage = Path(name)
         try:
             yield stage
-            stage.chmod(0o644)
+            stage.chmod(0o666 & ~_umask())
             _sync(stage)
             os.replace(stage, target)
         except BaseException:  # as above

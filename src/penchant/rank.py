@@ -196,7 +196,9 @@ class Ranker:
         asked = [self.lettered(history, row) for history, row in zip(histories, candidates, strict=True)]
         prompts, orders = [rendered.prompt for rendered, _ in asked], [order for _, order in asked]
         most = max(map(len, candidates), default=0)
-        logp = label_logprobs(self._engine, prompts, letters(most), progress=progress) if most else np.zeros((0, 0))
+        if not most:
+            return [np.zeros(0) for _ in candidates]
+        logp = label_logprobs(self._engine, prompts, letters(most), progress=progress)
         out = []
         for user, (row, order) in enumerate(zip(logp, orders, strict=True)):
             scores = np.empty(len(order))

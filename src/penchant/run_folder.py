@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +100,7 @@ class Fitted:
 FORMAT = 2
 JOURNAL, WORDS, INDEX = "live.jsonl", "words.npz", "index"
 _FILES = ("split.npz", "encoder.safetensors", "vectors.npy", "prior.npy")
+_ALL = {"manifest.json", "dataset", "split.json", "prompts", JOURNAL, WORDS, INDEX, *_FILES}
 
 
 def save_run(model: Fitted, folder: Path, graph: HNSWIndex | None = None) -> None:
@@ -106,7 +108,7 @@ def save_run(model: Fitted, folder: Path, graph: HNSWIndex | None = None) -> Non
 
     ``graph`` is the index of its items, where that is dear to build.
     """
-    check_target(folder)
+    check_target(folder, model.live)
     with staged_folder(folder) as stage:
         model.split.dataset.save(stage / "dataset")
         model.split.save(stage)
@@ -147,8 +149,10 @@ def save_run(model: Fitted, folder: Path, graph: HNSWIndex | None = None) -> Non
         )
 
 
-def check_target(folder: Path) -> None:
-    """Saving replaces the folder: StorageError where it holds something that is no run."""
+def check_target(folder: Path, live: Sequence[Any] = ()) -> None:
+    """Saving replaces the folder: StorageError where that would lose what is no run, what lies beside the run's own
+    files, or what came after the fit (``live`` are the records that are saved with it).
+    """
     if os.path.isfile(folder):
         raise StorageError("is a file", where=str(folder), remedy="give a folder to write into")
     # A run that lost one of its files may be made again in its place.
@@ -158,6 +162,22 @@ def check_target(folder: Path) -> None:
             "the folder holds something that is no run, and saving would replace it",
             where=str(folder),
             remedy="give a new folder (--out)",
+        )
+    if not is_run:
+        return
+    others = {path.name for path in folder.iterdir() if path.suffix != ".tmp"} - _ALL  # .tmp: what a kill left
+    if others:
+        raise StorageError(
+            f"the folder of the run holds other things ({min(others)}), and saving would replace it",
+            where=str(folder),
+            remedy="move them elsewhere, or give a new folder (--out)",
+        )
+    journal = folder / JOURNAL
+    if not live and journal.is_file() and journal.stat().st_size:
+        raise StorageError(
+            "holds events or items that came after the fit, and a new fit there would lose them",
+            where=str(journal),
+            remedy="give a new folder (--out), or delete this file",
         )
 
 

@@ -14,6 +14,7 @@ from tests.fake_engine import FakeEngine
 from penchant.cli import demo
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split, leave_last_out
+from penchant.errors import StorageError
 from penchant.interest.config import EncoderConfig
 from penchant.recommend import silent
 from penchant.run_folder import FitConfig
@@ -52,8 +53,12 @@ def test_the_demos_fine_tune(monkeypatch: pytest.MonkeyPatch, byte_folder: Path,
     demo._finetune(split, tmp_path / "demo", fresh=True)
     second = made()
     assert second != first
-    demo._finetune(leave_last_out(Dataset.read(*toy_frames(seed=4))), tmp_path / "demo", fresh=False)
-    assert made() != second, "other data"
+    other = leave_last_out(Dataset.read(*toy_frames(seed=4)))
+    with pytest.raises(StorageError, match="other data than the demo's"):
+        demo._finetune(other, tmp_path / "demo", fresh=False)
+    assert made() == second
+    demo._finetune(other, tmp_path / "demo", fresh=True)
+    assert made() != second
 
 
 def test_the_demos_run_is_opened_where_the_same_was_fitted(tmp_path: Path) -> None:
@@ -71,4 +76,9 @@ def test_the_demos_run_is_opened_where_the_same_was_fitted(tmp_path: Path) -> No
     assert opened()
     assert not opened(config.model_copy(update={"encoder": encoder.model_copy(update={"neighbours": 4})}))
     assert not opened()
-    assert not opened(split=leave_last_out(Dataset.read(*toy_frames(seed=4))))
+    (tmp_path / "run" / demo.REPORT).write_text("{}")
+    assert not opened(fresh=True), "what a demo wrote beside its run goes with it"
+    other = leave_last_out(Dataset.read(*toy_frames(seed=4)))
+    with pytest.raises(StorageError, match="other data than the demo's"):
+        opened(split=other)
+    assert not opened(split=other, fresh=True)

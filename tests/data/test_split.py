@@ -423,3 +423,8 @@ def test_a_torn_split_is_a_storage_error(tmp_path: Path) -> None:
 def test_the_log_of_a_split_is_that_of_its_dataset() -> None:
     split = leave_last_out(made(GLOBAL))
     assert split.log.time.tolist() == EventLog.from_dataset(split.dataset).time.tolist()
+
+
+def test_ids_in_other_scripts_digits_are_names() -> None:
+    split = leave_last_out(made([("\uff11", str(n), n) for n in range(1, 4)] + [("2", str(n), n) for n in range(1, 4)]))
+    assert split.log.user_ids == ["2", "\uff11"]

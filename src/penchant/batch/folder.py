@@ -181,10 +181,12 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def _flock(path: Path, *, shared: bool = False, wait: Callable[[], bool] | None = None) -> Iterator[IO[str]]:
+def _flock(
+    path: Path, *, shared: bool = False, wait: Callable[[], bool] | None = None, mode: str = "a"
+) -> Iterator[IO[str]]:
     """The lock, waited for where ``wait`` is given, until that says to stop."""
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with path.open("a", encoding="utf-8") as handle:
+    with path.open(mode, encoding="utf-8") as handle:
         for tries in count():
             try:
                 fcntl.flock(handle, kind | fcntl.LOCK_NB)
@@ -208,7 +210,7 @@ def held(path: Path) -> bool:
     for lock in [path / "lock", *path.glob("lock.*-of-*")]:
         if lock.is_file():
             try:
-                with _flock(lock):
+                with _flock(lock, mode="r"):  # who may not write there may still ask
                     pass
             except StorageError:
                 return True

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from penchant.cli.console import progress
+from penchant.errors import StorageError
 
 if TYPE_CHECKING:
     from penchant.cli.console import Stages
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from penchant.recommend import Recommender
     from penchant.run_folder import FitConfig
 
+RECOMMENDATIONS, REPORT = "recommendations.parquet", "report.json"  # beside the run's own files
 _SHOWN = ("42", "7", "600")
 _LLM_USERS = 100
 # The time box of the demo's fine-tune, and how little it validates: what it does is measured after it.
@@ -83,7 +85,7 @@ def demo_command(
                 stages=stages,
             )
     found = {**report.to_dict(), "demo_seconds": seconds, "fitted_now": not loaded}
-    write_json(out / "report.json", {**found, "fine_tuned": tuned.to_dict()})
+    write_json(out / REPORT, {**found, "fine_tuned": tuned.to_dict()})
     typer.echo("")
     typer.echo(report.to_text())
     typer.echo(f"\nthe same after {_FINETUNE_MINUTES:g} minute of next-item LoRA ({adapter})")
@@ -125,6 +127,8 @@ def _finetune(split: Split, out: Path, *, fresh: bool) -> Path:
     card = None if fresh else read_card(adapter)
     wanted = (config.model_dump(mode="json"), split.dataset.content_hash)
     if card is None or (card.get("config"), card.get("data")) != wanted:
+        if card is not None and card.get("data") != split.dataset.content_hash:
+            raise _not_the_demos(adapter)
         if (adapter / "run.json").is_file():
             shutil.rmtree(adapter)
         finetune("next_item", config, split, adapter)
@@ -150,9 +154,21 @@ def _fit_or_load(
             wanted,
         ):
             return Recommender.load(out, engine), True
+        if found["data"] != split.dataset.content_hash:
+            raise _not_the_demos(out)
     model = Recommender.fit(split, engine, config, stages=stages)
+    for name in (RECOMMENDATIONS, REPORT):  # an earlier demo's
+        (out / name).unlink(missing_ok=True)
     model.save(out)
     return model, False
+
+
+def _not_the_demos(folder: Path) -> StorageError:
+    return StorageError(
+        "was made from other data than the demo's, which would replace it",
+        where=str(folder),
+        remedy="give another --out, or --fresh to replace it",
+    )
 
 
 def _recommend(model: Recommender, out: Path) -> None:
@@ -176,5 +192,5 @@ def _recommend(model: Recommender, out: Path) -> None:
         typer.echo(f"  {row['rank']:>2} {row['title']:<60.60} {row['score']:+.3f}  {row['stage']}")
     others = [user for user in model.log.user_ids if user not in _SHOWN]
     everybody = pl.concat([shown, model.recommend(others, 10, method="retrieve")])
-    with staged_file(out / "recommendations.parquet") as stage, stage.open("wb") as handle:
+    with staged_file(out / RECOMMENDATIONS) as stage, stage.open("wb") as handle:
         everybody.write_parquet(handle)

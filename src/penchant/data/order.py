@@ -6,8 +6,8 @@ import polars as pl
 
 from penchant.schema import ITEM, TIME, USER
 
-# Eighteen digits always fit into an Int64; longer ids are ordered as strings.
-_INTEGER = r"^-?\d{1,18}$"
+# Eighteen digits always fit into an Int64; longer ids, and other scripts' digits, are ordered as strings.
+_INTEGER = r"^-?[0-9]{1,18}$"
 
 
 def is_integer_ids(ids: pl.Series) -> bool:

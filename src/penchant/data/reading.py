@@ -186,7 +186,7 @@ def _text(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
     if isinstance(kind, pl.List | pl.Array):
         inner = kind.inner if isinstance(kind.inner, pl.DataType) else kind.inner()
         values = value.arr.to_list() if isinstance(kind, pl.Array) else value
-        return values.list.eval(_text(pl.element(), inner)).list.join(", ", ignore_nulls=True)
+        return values.list.eval(_text(pl.element(), inner)).list.join("|", ignore_nulls=True)
     if isinstance(kind, pl.Struct):
         return value.struct.json_encode()
     return value.cast(pl.String)

@@ -216,6 +216,8 @@ def genre_matrix(items: pl.DataFrame, column: str, *, separator: str = "|") -> t
         .with_columns(pl.col("genre").cast(pl.String).str.strip_chars())
         .filter(pl.col("genre").is_not_null() & (pl.col("genre") != ""))
     )
+    if not len(long):
+        return np.zeros((len(items), 0), dtype=bool), []
     names = long["genre"].unique().sort().to_list()
     code = long["genre"].replace_strict(names, np.arange(len(names)), return_dtype=pl.Int64).to_numpy()
     matrix = np.zeros((len(items), len(names)), dtype=bool)

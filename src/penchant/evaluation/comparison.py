@@ -135,7 +135,7 @@ class Comparison(Prepared):
 
     def key(self, name: str, seed: int, **more: Any) -> str:
         """Of all that decides this system's result."""
-        return self._key(self.task.hash, name, seed, **more)
+        return self._key(self.task.hash, name, seed, candidates=self.asked.source, **more)
 
     def _key(self, task: str, name: str, seed: int, **more: Any) -> str:
         model = self.engine.fingerprint if name in _NEED_VECTORS else None
@@ -251,6 +251,12 @@ class Comparison(Prepared):
         """The seed's whole table as a dict, the full model's LLM stage included; stored too."""
         made = {name: self.finished(name, seed) for name in self.systems if name != FULL}
         done = {name: one for name, one in made.items() if one is not None}
+        if not done:
+            raise ConfigError(
+                f"the task's {self.task.seconds or 0:g} s were spent before any system of seed {seed}",
+                where=self.name,
+                remedy="run it again with more `seconds`, or fewer seeds: what is finished is kept",
+            )
         protocol = self.asked.protocol(self.task)
         # Without users to ask there is no LLM stage to choose a weight for.
         full = BOTH in done and FULL in self.systems and self.task.llm_users > 0
@@ -263,14 +269,18 @@ class Comparison(Prepared):
         if stored is not None:
             self.say(f"report, seed {seed}: stored")
             self.origins[kind, seed] = stored.get("origin", {})
-            return stored["report"]
+            return stored["report"] | self._published()
         begun = time.perf_counter()
         report = self._full(done, protocol, seed) if full else self._table(done, protocol, self.checked)
         report.settings["seed"] = seed
-        found = report.to_dict()
+        found = report.to_dict() | self._published()
         self.origins[kind, seed] = origin(self.stamp, time.perf_counter() - begun)
         self.store.save_record(kind, seed, key, {"report": found, "origin": self.origins[kind, seed]})
         return found
+
+    def _published(self) -> dict[str, Any]:
+        """What the task says of others, as it says it now: no part of what was measured."""
+        return {"published": [one.model_dump(mode="json") for one in self.task.published]}
 
     def _table(
         self, done: dict[str, Finished], protocol: Protocol, checked: LeakCheck, model: Recommender | None = None
@@ -299,7 +309,6 @@ class Comparison(Prepared):
             for system in popularities_that_flatter(self.split):
                 wrong = protocol.rank(system, self.asked.targets, self.stages)
                 report.rows.append(table.row(MISTAKE, wrong.system, wrong.rank))
-        report.published.extend(one.model_dump(mode="json") for one in self.task.published)
         tuned = self.task.budget.trials > 1
         report.notes.append(
             f"tuned on validation NDCG@10, each system {self.task.budget.of()}, ours too; those that are fitted at "

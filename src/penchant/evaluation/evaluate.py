@@ -248,6 +248,7 @@ def tabulate(
             n=n_examples,
             seed=protocol.seed,
             masked=protocol.seen == "mask" and protocol.candidates is None,
+            seen_last=protocol.seen_last,
             choices=None if listed is None else listed.choices,
             candidates=retrieved if protocol.candidates is None else protocol.candidates.shape[1],
         ),
@@ -287,7 +288,7 @@ def _llm_rows(
     )
     group = f"the same {len(table.user):,} of them (seed {protocol.seed}) for every system; the LLM ranks {ranks}"
     rows = table.rows(group, [*shown, *stage.ranked])
-    rows.append(table.random_order(group, stage.choices))
+    rows.append(table.random_order(group, stage.choices, stage.fused.rank))
     fused, encoder = stage.fused, shown[0]
     adds = "what the LLM adds on them, paired difference"
     rows.append(table.difference(adds, f"llm+interest minus {encoder.system}", fused.rank, encoder.rank))

@@ -27,6 +27,7 @@ def examples(
     n: int = 10,
     seed: int = 0,
     masked: bool = True,
+    seen_last: int | None = None,
     choices: NDArray[np.integer] | None = None,
     candidates: int = 0,
 ) -> list[Example]:
@@ -34,7 +35,8 @@ def examples(
 
     ``final`` is the system whose answers are explained, ``retrieval`` the one that gave it its candidates (the same
     one where there is no second stage), ``others`` are shown beside them. ``choices`` and ``candidates`` are the
-    LLM stage's: among how many candidates a target stood, of how many.
+    LLM stage's: among how many candidates a target stood, of how many. ``masked``: no system could return an item of
+    the history, or of its newest ``seen_last`` events.
     """
     rows = np.sort(np.random.default_rng(seed).permutation(len(targets))[:n])
     titles = split.dataset.items[TITLE].to_list()
@@ -53,7 +55,7 @@ def examples(
             retrieved=int(retrieval.rank[row]),
             inside=None if choices is None else bool(choices[row]),
             candidates=candidates,
-            masked=masked,
+            masked=masked and item in (history if seen_last is None else history[max(0, len(history) - seen_last) :]),
         )
         out.append(
             Example(
@@ -82,7 +84,7 @@ def _why(
     masked: bool,
 ) -> str:
     """One or two facts: what moved the target, or what kept it from standing first."""
-    if masked and item in history:
+    if masked:
         return "the target repeats an item of the history, which is masked, so nobody can find it"
     moved = ""
     if inside:

@@ -112,7 +112,7 @@ def _read(table: pl.DataFrame | Path | str, where: str) -> pl.DataFrame:
         if not (kind == pl.String or kind.is_integer() or isinstance(kind, pl.Categorical | pl.Enum)):
             raise DataError(f"ids are {kind}", where=f"{where}, column {column}", remedy="give texts or whole numbers")
     for column in order:
-        if not frame.schema[column].is_numeric():
+        if not frame.schema[column].is_numeric() or frame.schema[column].is_decimal():
             raise DataError(f"is {frame.schema[column]}", where=f"{where}, column {column}", remedy="give numbers")
     return frame.with_columns(pl.col(USER, ITEM).cast(pl.String))
 

@@ -47,13 +47,17 @@ def protocol_notes(
     if shared is not None and shared.strange:
         notes.append(f"{shared}: are the titles of these items, or of another numbering?")
     repeated = _repeated(targets)
-    if repeated and seen == "mask" and candidates is None:
+    masking = seen == "mask" and candidates is None
+    lost = _repeated(targets, seen_last) if masking else 0
+    if lost:
         notes.append(
-            f"{repeated:,} targets are repeats of an item the user has already; masked, they cannot be found and count "
+            f"{lost:,} targets are repeats of an item the user has already; masked, they cannot be found and count "
             "as misses (--seen keep lets repeats count; prepare with --repeats first takes them out)"
         )
-    elif repeated:
-        notes.append(f"{repeated:,} targets are repeats of an item the user has already; they count like any other")
+    if repeated > lost:
+        notes.append(
+            f"{repeated - lost:,} targets are repeats of an item the user has already; they count like any other"
+        )
     cold = int((split.train_counts[targets.item] == 0).sum())
     if cold:
         notes.append(f"{cold:,} targets are items without any training event")
@@ -69,9 +73,11 @@ def counted(targets: Targets) -> str:
     return f"{len(targets):,} test targets" + (f" of {users:,} users" if users < len(targets) else "")
 
 
-def _repeated(targets: Targets) -> int:
-    """Targets whose item stands in their own history."""
+def _repeated(targets: Targets, last: int | None = None) -> int:
+    """Targets whose item stands in their own history, or among its ``last`` events."""
     history = Queries.of(targets).history
+    if last is not None:
+        history = [items[max(0, len(items) - last) :] for items in history]
     length = np.array([len(h) for h in history])
     item = np.repeat(targets.item, length)
     same = np.concatenate([np.zeros(0, dtype=np.int32), *history]) == item

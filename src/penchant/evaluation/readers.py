@@ -93,8 +93,14 @@ class Sequences(_Reader):
 
     def _texts(self, folder: Path) -> dict[str, str]:
         """Item id -> text; none where the files are not named."""
-        if self.names is None or self.texts is None:
+        if self.names is None and self.texts is None:
             return {}
+        if self.names is None or self.texts is None:
+            raise ConfigError(
+                "texts are found by the catalogue ids that names has",
+                where="data",
+                remedy="give both files, names and texts, or neither",
+            )
         path = _there(folder / self.names)
         try:
             with _open(path) as handle:
@@ -181,12 +187,17 @@ def read_yes_no(reader: YesNo, part: Literal["train", "valid", "test"], data_dir
     with _open(path) as handle:
         try:
             rows = json.load(handle)
-        except ValueError as error:
+        except (ValueError, OSError, EOFError) as error:  # a torn gzip file too
             raise DataError(f"not JSON ({error})", where=str(path)) from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError("not a list of rows", where=str(path))
     users: list[str | None] = [None] * len(rows)
     if part in reader.users:
         table = _there(folder / reader.users[part])
-        users = pl.read_csv(table, columns=[USER], schema_overrides={USER: pl.String})[USER].to_list()
+        try:
+            users = pl.read_csv(table, columns=[USER], schema_overrides={USER: pl.String})[USER].to_list()
+        except pl.exceptions.PolarsError as error:
+            raise DataError(f"no table with {USER} ({error})", where=str(table)) from error
         if len(users) != len(rows):
             raise DataError(f"{len(users)} users for {len(rows)} rows", where=str(table))
     return [

@@ -109,12 +109,13 @@ class Table:
         each = [self.headline(one) for one in ranks]
         return {name: np.mean([values[name] for values in each], axis=0) for name in each[0]}
 
-    def random_order(self, group: str, choices: NDArray[np.integer]) -> Row:
-        """What the candidates give in random order, in expectation: the floor under any ranking of them.
+    def random_order(self, group: str, choices: NDArray[np.integer], behind: NDArray[np.integer]) -> Row:
+        """What the candidates give in random order, in expectation.
 
-        ``choices`` (n,) is how many candidates each target stands among, each place as likely; 0 where it is none.
+        ``choices`` (n,) is how many candidates each target stands among, each place as likely; 0 where it is none: then
+        its rank is that of ``behind`` (n,), which no order of the candidates changes.
         """
-        values = {name: np.zeros(len(choices)) for name in self.headline(np.zeros(0, dtype=np.int64))}
+        values = self.headline(np.where(choices > 0, 1, behind))
         for n in np.unique(choices[choices > 0]):
             for name, at_place in self.headline(np.arange(1, n + 1)).items():
                 values[name][choices == n] = at_place.mean()

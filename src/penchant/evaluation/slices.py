@@ -144,6 +144,12 @@ def _numbers(values: pl.Series) -> pl.Series | None:
     return numbers if fine.all() and len(texts.drop_nulls()) else None
 
 
+def _told(value: float) -> str:
+    """A number in few digits, or in all of them where few are another number."""
+    short = f"{value:g}"
+    return short if float(short) == value else f"{value:.0f}" if value.is_integer() else repr(float(value))
+
+
 def _by_quartile(name: str, numbers: pl.Series) -> list[Slice]:
     """Four slices of about as many targets each; fewer where one value is that common."""
     known = numbers.is_not_null().to_numpy()
@@ -155,7 +161,7 @@ def _by_quartile(name: str, numbers: pl.Series) -> list[Slice]:
         mask = known & (part == i)
         if mask.any():
             low, high = value[mask].min(), value[mask].max()
-            masks.append((f"{low:g}" if low == high else f"{low:g} to {high:g}", mask))
+            masks.append((_told(low) if low == high else f"{_told(low)} to {_told(high)}", mask))
     return _filled(name, [*masks, (_NOTHING, ~known)])
 
 

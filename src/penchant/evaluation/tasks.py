@@ -25,7 +25,7 @@ from penchant.evaluation.protocol import Protocol
 from penchant.evaluation.ranking import Seen
 from penchant.evaluation.readers import Reader, folder_of, read_candidates
 from penchant.evaluation.rows import Average
-from penchant.files import sha256_text
+from penchant.files import sha256_file, sha256_text
 from penchant.resources import shipped
 from penchant.run_folder import FitConfig
 
@@ -157,10 +157,13 @@ def split_of(task: Task, dataset: Dataset) -> Split:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What is asked of every system: targets, and the candidates (n_targets, c) of each or None."""
+    """What is asked of every system: targets, and the candidates (n_targets, c) of each or None; ``source`` is the hash
+    of the file that named them, where one did.
+    """
 
     targets: Targets
     candidates: NDArray[np.int32] | None
+    source: str | None = None
 
     def protocol(self, task: Task) -> Protocol:
         """How these targets are ranked and averaged: whatever the seed, the LLM is asked of the same ones."""
@@ -197,10 +200,11 @@ def asked_of(task: Task, split: Split, data_dir: Path | None = None) -> Asked:
             raise DataError(what, where=f"{path}, row {number}", remedy="use the candidates of this data set")
         chosen.append(row)
         lists.append([log.item_index[i] for i in items])
-    targets = split.test.take(np.array(chosen, dtype=np.int64))
+    targets, source = split.test.take(np.array(chosen, dtype=np.int64)), sha256_file(path)
     if task.candidates.n is None:
-        return Asked(targets, None)
-    return Asked(targets, _cut(lists, targets.item, task.candidates.n, task.candidates.ground_truth, path))
+        return Asked(targets, None, source)
+    cut = _cut(lists, targets.item, task.candidates.n, task.candidates.ground_truth, path)
+    return Asked(targets, cut, source)
 
 
 def _cut(

@@ -40,6 +40,10 @@ def _lora_of(adapter: Path) -> dict[str, Any]:
     if not (adapter / "adapter_config.json").is_file():
         raise ModelError("has no adapter_config.json", where=str(adapter), remedy="give a peft adapter's folder")
     saved = read_json(adapter / "adapter_config.json")
+    if saved.get("peft_type") != "LORA":
+        raise ModelError(
+            f"is a {saved.get('peft_type')} adapter", where=str(adapter), remedy="start_from goes on with LoRA alone"
+        )
     targets = saved.get("target_modules")
     return {
         "r": saved.get("r"),
