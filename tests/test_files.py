@@ -386,3 +386,19 @@ def test_json_has_no_word_for_what_is_no_finite_number(tmp_path: Path) -> None:
     text = (tmp_path / "x.json").read_text()
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert found == {"a": [1.5, None, [None, "NaN"]], "b": {"c": None, "d": True}}
+
+
+@pytest.mark.parametrize(
+    ("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o027, 0o640, 0o750)]
+)
+def test_what_is_written_is_as_open_as_the_user_wants(tmp_path: Path, mask: int, file: int, folder: int) -> None:
+    was = os.umask(mask)
+    try:
+        write_json(tmp_path / "a.json", {})
+        with staged_folder(tmp_path / "run") as stage:
+            write_json(stage / "b.json", {})
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(was)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == file
+    assert (tmp_path / "run").stat().st_mode & 0o777 == folder

@@ -225,3 +225,8 @@ def test_indices_keep_order_and_repeats() -> None:
 def test_a_predicate_that_is_none_is_an_error(where: pl.Expr, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         item_mask(ITEMS, INDEX, where=where)
+
+
+def test_ids_that_can_be_read_but_once_are_read() -> None:
+    index = {"a": 0, "b": 1}
+    assert indices(iter(["b", "a"]), index, "deny").tolist() == [1, 0]  # type: ignore[arg-type]

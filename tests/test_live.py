@@ -116,7 +116,7 @@ def test_an_update_is_served_at_once_without_the_llm(model: Recommender) -> None
 def test_what_is_popular_counts_events_since_the_fit_too(model: Recommender, tmp_path: Path) -> None:
     was = model.recommend(history=[], k=16)
     assert set(was["stage"]) == {"popularity"}
-    model.add_items([NEW])
+    model.add_items([NEW | {"title": "Seen By All (2031)"}])
     last = was["item_id"][-1]
     most = int(was["score"][0])
     model.update("u1", [{"item_id": last}] * (most + 1))
@@ -644,3 +644,74 @@ def test_a_network_on_both_cannot_be_searched_through_a_graph() -> None:
     assert plain.recommend(["u1"], 3, method="retrieve").height == 3
     with pytest.raises(ConfigError, match="relevance mlp is none"):
         dataclasses.replace(plain, config=plain.config.model_copy(update={"index": "hnsw"}))
+
+
+def test_what_a_full_disk_refused_is_not_written_later(tmp_path: Path) -> None:
+    import resource
+
+    journal = Journal(tmp_path / "a.jsonl", follows=0)
+    journal.append({"n": 1})
+    size = journal.path.stat().st_size
+    limits, was = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+        with pytest.raises(StorageError, match="cannot be written"):
+            journal.append({"n": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, was)
+    assert journal.path.stat().st_size == size
+    journal.append({"n": 3})
+    assert [record["n"] for record in Journal(journal.path).read()] == [1, 3]
+
+
+def test_an_update_never_goes_into_a_run_that_another_process_changed(model: Recommender, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model.save(run)
+    stale, other = Recommender.load(run, Asked()), Recommender.load(run, Asked())
+    other.add_items([NEW])
+    other._journal.close()  # type: ignore[union-attr]  # as if its process had ended
+    with pytest.raises(StorageError, match="was written to by another process"):
+        stale.add_items([NEW])
+    with pytest.raises(StorageError, match="came after the fit"):
+        stale.save(run)
+    served = Recommender.load(run)
+    served.update("u1", [{"item_id": "new"}])
+    (run / JOURNAL).unlink()
+    dataclasses.replace(model, live=[]).save(run)  # a nightly fit in its place
+    with pytest.raises(StorageError, match="was replaced by another process"):
+        served.update("u1", [{"item_id": "1"}])
+    late = Recommender.load(run)
+    dataclasses.replace(model, live=[]).save(run)
+    with pytest.raises(StorageError, match="was replaced by another process"):
+        late.update("u1", [{"item_id": "1"}])
+    assert Recommender.load(run).live == []
+
+
+@pytest.mark.parametrize(
+    ("user", "events", "said"),
+    [
+        ("u1", [{"item_id": "1", "user_id": "u2"}], "is of user 'u2'"),
+        (None, [{"item_id": "1"}], "None is no user id"),
+        (" ", [{"item_id": "1"}], "' ' is no user id"),
+    ],
+)
+def test_events_of_nobody_or_somebody_else_are_refused(model: Recommender, user: Any, events: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        model.update(user, events)
+
+
+def test_new_items_are_read_as_tables_are(model: Recommender) -> None:
+    for wrong in (NEW, 3):
+        with pytest.raises(ConfigError, match="items are no list"):
+            model.add_items(wrong)  # type: ignore[arg-type]
+    for item, said in (
+        (None, "has no item_id"),
+        (NEW | {"item_id": " "}, "has no item_id"),
+        (NEW | {"title": float("nan")}, "has no title"),
+        (NEW | {"title": "\ud800"}, "half a surrogate pair"),
+    ):
+        with pytest.raises(DataError, match=said):
+            model.add_items([item])  # type: ignore[list-item]
+    model.add_items([NEW | {"genres": ["Comedy", "Drama"]}, NEW | {"item_id": "other", "genres": float("nan")}])
+    assert model.items["genres"].to_list()[-2:] == ["Comedy|Drama", None]

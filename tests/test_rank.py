@@ -124,6 +124,20 @@ def test_priors_are_the_likelihoods_behind_the_bare_prompt_and_each_computed_onc
     assert fake_engine.scored == 0
 
 
+def test_titles_have_a_prior_whatever_the_run_asks(fake_engine: FakeEngine) -> None:
+    known = ranker(fake_engine).priors(np.arange(N))
+    for question in ("choose", "yes_no"):
+        made = ranker(fake_engine, question=question)
+        assert made.priors(np.arange(N)).tolist() == [0.0] * N
+        assert made.title_priors(np.arange(N)).tolist() == known.tolist()
+        assert made.priors(np.arange(N)).tolist() == [0.0] * N
+
+
+def test_no_candidate_has_no_letter(fake_engine: FakeEngine) -> None:
+    made = ranker(fake_engine, question="choose")
+    assert [len(row) for row in made.scores(items([1], [2]), items([], []))] == [0, 0]
+
+
 def test_priors_already_known_are_not_asked_for(fake_engine: FakeEngine) -> None:
     prior = np.full(N, np.nan)
     prior[2] = -7.5

@@ -85,6 +85,7 @@ def indices(ids: Sequence[str], item_index: dict[str, int], where: str) -> NDArr
     """Item indices of ids, in their order; DataError naming the unknown ones."""
     if isinstance(ids, str):
         raise ConfigError(f"{where} is one text, not a list of item ids", remedy=f"pass [{ids!r}]")
+    ids = list(ids)  # what can be read but once is read once
     unknown = [str(i) for i in ids if str(i) not in item_index]
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import json
 import os
 import weakref
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from penchant.errors import StorageError
 
@@ -19,12 +21,16 @@ class Journal:
 
     A last line that a crash cut off is dropped and counted in ``torn``; a bad line before the last is a StorageError.
     One process at a time may append: the file is locked from the first append on, and the lock goes with the process.
+    ``follows`` is how many records its owner knows: appending to a file that holds others, or that was replaced since,
+    is a StorageError, for what is appended means nothing there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, follows: int | None = None) -> None:
         self.path = path
         self.torn = 0
-        self._handle: BinaryIO | None = None
+        self._follows = follows
+        self._is = None if follows is None else _identity(path)
+        self._handle: io.FileIO | None = None
 
     def read(self) -> list[dict[str, Any]]:
         """All records, oldest first; none where there is no file."""
@@ -34,10 +40,13 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """Write one record and wait until it is on disk; StorageError where it can't be, or another process writes."""
         handle = self._open()
-        start = handle.tell()
+        if _identity(self.path) != _identity(handle.fileno()):
+            raise self._changed("was replaced")
+        start, line = handle.tell(), _line(record)
         try:
-            handle.write(_line(record))
-            handle.flush()
+            # No buffer: what could not be written must not be written later.
+            if handle.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(handle.fileno())
         except OSError as error:
             # What was written of it would stand before later records, where nothing may be torn.
@@ -52,11 +61,18 @@ class Journal:
             self._handle.close()
             self._handle = None
 
-    def _open(self) -> BinaryIO:
+    def _changed(self, how: str) -> StorageError:
+        return StorageError(
+            f"{how} by another process since this one opened the run",
+            where=str(self.path),
+            remedy="open the run again, and update it there",
+        )
+
+    def _open(self) -> io.FileIO:
         if self._handle is not None:
             return self._handle
         try:
-            handle = self.path.open("ab")
+            handle = self.path.open("ab", buffering=0)
         except OSError as error:
             raise StorageError(
                 f"cannot be written: {error}", where=str(self.path), remedy="check the folder's permissions"
@@ -70,7 +86,13 @@ class Journal:
                 where=str(self.path),
                 remedy="send updates to that process, or work on a copy (save)",
             ) from error
-        _, whole = self._read()
+        records, whole = self._read()
+        if self._is is not None and self._is != _identity(handle.fileno()):
+            handle.close()
+            raise self._changed("was replaced")
+        if self._follows is not None and self._follows != len(records):
+            handle.close()
+            raise self._changed("was written to")
         handle.truncate(whole)  # a line cut off by a crash
         handle.seek(whole)
         weakref.finalize(self, handle.close)
@@ -101,6 +123,15 @@ class Journal:
             records.append(record)
             whole += len(line)
         return records, whole
+
+
+def _identity(file: Path | int) -> tuple[int, int] | None:
+    """Which file that is, whatever its name; None where there is none."""
+    try:
+        found = os.stat(file)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def write_journal(path: Path, records: Sequence[dict[str, Any]]) -> None:

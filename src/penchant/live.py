@@ -36,8 +36,10 @@ class LiveEvents:
     def users(self) -> list[str]:
         return list(self._events)
 
-    def checked(self, events: Sequence[Event] | pl.DataFrame, known: Mapping[str, int]) -> list[dict[str, Any]]:
-        """The events as records, or a DataError that names the first that can't be used.
+    def checked(
+        self, events: Sequence[Event] | pl.DataFrame, known: Mapping[str, int], user: str
+    ) -> list[dict[str, Any]]:
+        """A user's events as records, or a DataError that names the first that can't be used.
 
         Each needs an item_id that is ``known``; timestamp (datetime, or integer microseconds; a naive datetime is UTC)
         is now where it is missing; every other column must be one of the interactions'.
@@ -56,6 +58,10 @@ class LiveEvents:
                 raise DataError(f"has no {ITEM}", where=where, remedy='give {"item_id": ..., "timestamp": ...}')
             if str(event[ITEM]) not in known:
                 raise DataError(f"unknown item {str(event[ITEM])!r}", where=where, remedy="add it first with add_items")
+            if event.get(USER) is not None and str(event[USER]) != user:
+                raise DataError(
+                    f"is of user {str(event[USER])!r}", where=where, remedy=f"give events of user {user!r} alone"
+                )
             unknown = [name for name in event if name not in self._schema and name != USER]
             if unknown:
                 there = ", ".join(self._schema)
@@ -109,25 +115,43 @@ def checked_items(
     items: Sequence[Mapping[str, Any]] | pl.DataFrame, base: pl.DataFrame, known: Mapping[str, int]
 ) -> pl.DataFrame:
     """New items as rows of the catalogue, missing columns null; DataError that names the first that can't be used."""
-    rows = items.to_dicts() if isinstance(items, pl.DataFrame) else list(items)
+    rows = items.to_dicts() if isinstance(items, pl.DataFrame) else items
+    if isinstance(rows, Mapping) or not isinstance(rows, Sequence):
+        raise ConfigError("items are no list", where="add_items", remedy='give [{"item_id": ...}, ...] or a DataFrame')
     seen: set[str] = set()
     out = []
     for place, item in enumerate(rows):
         where = f"add_items, item {place + 1}"
-        if item.get(ITEM) is None or not str(item[ITEM]):
+        if not isinstance(item, Mapping) or _told(item.get(ITEM)) is None:
             raise DataError(f"has no {ITEM}", where=where, remedy='give {"item_id": ..., "title": ...}')
         name = str(item[ITEM])
         if name in known or name in seen:
             raise DataError(f"item {name!r} is in the catalogue already", where=where, remedy="give it another id")
         seen.add(name)
-        if not str(item.get(TITLE) or "").strip():
+        if _told(item.get(TITLE)) is None:
             raise DataError(f"item {name!r} has no {TITLE}", where=where, remedy="give its title")
         unknown = [column for column in item if column not in base.columns]
         if unknown:
             there = ", ".join(base.columns)
             raise DataError(f"unknown column {unknown[0]!r}", where=where, remedy=f"the items have {there}")
-        out.append({column: None if item.get(column) is None else str(item[column]) for column in base.columns})
+        row = {column: _told(item.get(column)) for column in base.columns}
+        odd = [column for column, text in row.items() if text is not None and not _is_text(text)]
+        if odd:
+            raise DataError(f"{odd[0]} holds half a surrogate pair, which is no character", where=where)
+        out.append(row)
     return pl.DataFrame(out, schema=base.schema)
+
+
+def _told(value: Any) -> str | None:
+    """A value as the catalogue's tables have it; None where there is nothing, as for pandas' NaN."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    text = "|".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if text.strip() else None
+
+
+def _is_text(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def packed(vectors: NDArray[np.float32]) -> dict[str, Any]:

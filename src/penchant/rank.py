@@ -172,7 +172,8 @@ class Ranker:
             name,
             {"history": [{"text": self._texts[int(i)]} for i in recent], **more},
             count=lambda prompt: len(self._engine.codec.encode(prompt)),
-            budget=self._budget if name == "next_item" else min(self._prompt_tokens, self._engine.context_length),
+            # Behind the others comes a label of one token.
+            budget=self._budget if name == "next_item" else min(self._prompt_tokens, self._engine.context_length - 1),
         )
         return Rendered(rendered.prompt, rendered.n_tokens, rendered.dropped + len(history) - len(recent))
 
@@ -248,15 +249,28 @@ class Ranker:
         if self.question != "likelihood":
             self.prior[items] = 0.0
             return self.prior[items]
+        return self._fill(self.prior, items, progress)
+
+    def title_priors(self, items: NDArray[np.integer]) -> NDArray[np.float64]:
+        """The same whatever the question is: titles that are generated are always asked for by likelihood."""
+        return self.priors(items) if self.question == "likelihood" else self._fill(self._title_prior, items)
+
+    @cached_property
+    def _title_prior(self) -> NDArray[np.float64]:
+        return np.full(len(self._texts), np.nan)
+
+    def _fill(
+        self, known: NDArray[np.float64], items: NDArray[np.integer], progress: Progress | None = None
+    ) -> NDArray[np.float64]:
         like = self._like[items]
-        missing = np.unique(like[np.isnan(self.prior[like])])
+        missing = np.unique(like[np.isnan(known[like])])
         if missing.size:
             empty = self.prompt(np.zeros(0, dtype=np.int32)).prompt
             found = self._engine.score([empty], [self.tokens(missing)], progress=progress)[0]
             _check_finite(found, "an empty history")
-            self.prior[missing] = found
-        self.prior[items] = self.prior[like]
-        return self.prior[items]
+            known[missing] = found
+        known[items] = known[like]
+        return known[items]
 
 
 def _check_finite(scores: NDArray[np.float64], what: str) -> None:

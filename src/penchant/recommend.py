@@ -343,7 +343,8 @@ class Recommender(Updated):
         if users is not None:
             if isinstance(users, str):
                 raise ConfigError("users is one text, not a list of user ids", remedy=f"pass [{users!r}]")
-            return [str(u) for u in users], [self.behaviour(str(u)) for u in users]
+            names: list[str | None] = [str(u) for u in users]
+            return names, [self.behaviour(str(name)) for name in names]
         if history is not None:
             return [None], [Behaviour(indices(history, self.item_index, "history"))]
         if isinstance(titles, str):

@@ -173,7 +173,7 @@ def check_target(folder: Path, live: Sequence[Any] = ()) -> None:
             remedy="move them elsewhere, or give a new folder (--out)",
         )
     journal = folder / JOURNAL
-    if not live and journal.is_file() and journal.stat().st_size:
+    if journal.is_file() and len(Journal(journal).read()) > len(live):
         raise StorageError(
             "holds events or items that came after the fit, and a new fit there would lose them",
             where=str(journal),

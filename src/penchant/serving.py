@@ -307,7 +307,7 @@ class Served(Fitted):
             mask[row] = False
             masks.append(mask)
         prompts = [self.ranker.prompt(h.item).prompt for h in histories]
-        bonus = -calibration * self.ranker.priors(np.arange(len(self.texts))) if calibration else None
+        bonus = -calibration * self.ranker.title_priors(np.arange(len(self.texts))) if calibration else None
         found = self.engine.generate(prompts, self.trie, k, allowed=masks, bonus=bonus)
         gaps = [row[0].gap if row else np.inf for row, mask in zip(found, masks, strict=True) if mask.any()]
         gaps = [gap for gap in gaps if gap > 0]

@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from penchant import schema
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, DataError
 from penchant.filters import indices
 from penchant.interest.behaviour import Behaviour
 from penchant.interest.vectors import embed_items
@@ -60,8 +60,10 @@ class Updated(Served):
         run that was saved or loaded they are on disk when this returns. DataError names the first event that can't be
         used, and then none is taken.
         """
+        if not isinstance(user_id, str | int) or not str(user_id).strip():
+            raise DataError(f"{user_id!r} is no user id", where="update", remedy="give a text that is not empty")
         user_id = str(user_id)
-        taken = self._events.checked(events, self.item_index)
+        taken = self._events.checked(events, self.item_index, user_id)
         if not taken:
             return
         texts = [event[name] for event in taken for name in self.columns.words if event.get(name)]
@@ -96,9 +98,10 @@ class Updated(Served):
 
         In a run that was saved or loaded that is on disk when this returns. DataError where one is unknown.
         """
-        indices(item_ids, self.item_index, "remove_items")
-        if len(item_ids):
-            self._keep({"removed": [str(name) for name in item_ids]})
+        names = item_ids if isinstance(item_ids, str) else [str(name) for name in item_ids]
+        indices(names, self.item_index, "remove_items")
+        if names:
+            self._keep({"removed": names})
 
     def _popularity(self) -> NDArray[np.float64]:
         """Events of each item, at the fit and since, (n_items,)."""
@@ -108,7 +111,7 @@ class Updated(Served):
         """From now on updates are written to this run's journal, which holds all there were up to now."""
         if self._journal is not None:
             self._journal.close()
-        self._journal = Journal(folder / JOURNAL)
+        self._journal = Journal(folder / JOURNAL, follows=len(self.live))
 
     def _keep(self, record: dict[str, Any]) -> None:
         """First on disk, then in memory: what was answered once is answered again after a crash."""

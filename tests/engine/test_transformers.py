@@ -173,6 +173,16 @@ def test_prompts_that_share_a_beginning_share_it_and_score_the_same(tiny_engine:
         np.testing.assert_allclose(row, plainly(tiny_engine, tiny_engine.codec.encode(prompt), labels[0]), atol=1e-4)
 
 
+def test_arrays_of_candidates_score_as_lists_do(tiny_engine: TransformersEngine) -> None:
+    """Each row that such an array gives is a new object, whose id another may have had before."""
+    items = [item[:2] for item in tiny_engine.codec.encode_items(tiny.TITLES, "\n")]
+    rows = [[items[(n + i) % len(items)] for i in range(3)] for n in range(12)]
+    prompts = [f"user {n}: " for n in range(12)]
+    expected = tiny_engine.score(prompts, rows)
+    for got, right in zip(tiny_engine.score(prompts, np.array(rows)), expected, strict=True):
+        np.testing.assert_allclose(got, right, atol=1e-5)
+
+
 def test_a_search_out_of_budget_says_it_is_not_exact(tiny_engine: TransformersEngine) -> None:
     trie = CatalogTrie.build(tiny_engine.codec.encode_items(tiny.TITLES, "\n"))
     (cut,) = tiny_engine.generate(["Heat"], trie, 10, max_expansions=12)

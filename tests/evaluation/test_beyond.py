@@ -187,3 +187,5 @@ def test_genres_come_from_separated_texts_and_lists() -> None:
     assert (genre_matrix(lists, "genres")[0] == matrix).all()
     with pytest.raises(ConfigError, match="no column 'kind'"):
         genre_matrix(items, "kind")
+    nobody = items.with_columns(pl.lit(None, dtype=pl.String).alias("genres"))
+    assert genre_matrix(nobody, "genres")[0].shape == (4, 0)

@@ -267,6 +267,28 @@ def test_changed_data_or_version_are_run_anew(data: Path, monkeypatch: pytest.Mo
     assert fitted(data, ["popularity"], same) == []
 
 
+def test_other_candidates_are_asked_anew_and_what_others_published_is_as_the_task_has_it(data: Path) -> None:
+    lines = [f"u{n}\t{' '.join(str(i) for i in range(1, 17))}" for n in range(10)]
+    (data / "toy/candidates").write_text("\n".join(lines) + "\n")
+    entry = {"system": "x", "source": "a paper", "protocol": "the same", "metrics": {"NDCG@10": 0.1}}
+    asked = task(candidates={"file": "candidates", "n": 8}, published=[entry])
+    first = comparison(data, ["popularity"], asked).run()["runs"][0]
+    assert fitted(data, ["popularity"], asked) == []
+    (data / "toy/candidates").write_text("\n".join(lines[:5]) + "\n")
+    assert fitted(data, ["popularity"], asked) == ["popularity 0"], "the file is another, whatever its name"
+    second = comparison(data, ["popularity"], asked).run()["runs"][0]
+    assert [rows[0]["group"].split()[1] for rows in (first["rows"], second["rows"])] == ["10", "5"]
+    other = task(candidates={"file": "candidates", "n": 8}, published=[entry | {"metrics": {"NDCG@10": 0.9}}])
+    assert fitted(data, ["popularity"], other) == []
+    published = comparison(data, ["popularity"], other).run()["runs"][0]["published"]
+    assert [one["metrics"] for one in published] == [{"NDCG@10": 0.9}]
+
+
+def test_time_that_is_spent_before_the_first_system_is_one_error(data: Path) -> None:
+    with pytest.raises(ConfigError, match="were spent before any system of seed 0"):
+        comparison(data, SMALL, task(seconds=1e-9)).run()
+
+
 def test_a_cheap_baseline_whose_grid_is_another_is_made_anew(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     systems = ["popularity", "item_knn", "ease", "sasrec"]
     fitted(data, systems)

@@ -162,6 +162,13 @@ def test_many_numbers_become_quartiles(as_text: bool, rng: np.random.Generator) 
     assert found[0].mask.tolist() == [*(values < 10).tolist(), False]
 
 
+def test_quartiles_of_long_numbers_are_told_apart() -> None:
+    found = by_values("x", pl.Series(range(20240101, 20240129)))
+    assert [s.value for s in found] == [f"{20240101 + 7 * i} to {20240107 + 7 * i}" for i in range(4)]
+    found = by_values("x", pl.Series([1.23456789 + n * 1e-7 for n in range(28)]))
+    assert len({s.value for s in found}) == 4
+
+
 def test_one_very_common_number_gives_fewer_slices_and_none_is_lost() -> None:
     values = pl.Series([0.0] * 30 + [float(i) for i in range(1, 13)])
     found = by_values("x", values)

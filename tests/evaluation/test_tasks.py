@@ -98,6 +98,9 @@ def test_sequences_with_and_without_texts(tmp_path: Path) -> None:
     assert titles["1"] == "nail lacquer"
     assert titles["2"] == "item 2"  # its text is empty
     assert titles["11"] == "never bought"
+    for half in ({"names": "names.json.gz"}, {"texts": "texts.txt"}):
+        with pytest.raises(ConfigError, match="give both files"):
+            read_data(task(data={**data, **half}), tmp_path)
     assert sequences(named) == sequences(plain)
     write(tmp_path / "s3/B.txt", "1 1 2\n2\n")
     with pytest.raises(DataError, match="row 2"):

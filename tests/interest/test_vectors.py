@@ -10,7 +10,7 @@ import pytest
 from tests.fake_engine import FakeEngine
 
 from penchant.errors import StorageError
-from penchant.interest.vectors import default_layer, item_vectors, standardise
+from penchant.interest.vectors import Scaling, default_layer, item_vectors, standardise
 
 TEXTS = ["Heat (1995)", "Alien (1979)", "M (1931)"]
 
@@ -115,3 +115,25 @@ def test_a_dimension_that_never_changes_becomes_0(rng: np.random.Generator) -> N
     vectors = np.column_stack([np.full(4, 7.0), rng.standard_normal(4)]).astype(np.float32)
     assert standardise(vectors)[:, 0].tolist() == [0, 0, 0, 0]
     assert standardise(vectors[:1]).tolist() == [[0, 0]]
+
+
+def test_what_a_catalogue_does_not_vary_in_moves_no_later_vector() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(40, 6)).astype(np.float32)
+    vectors[:, 2], vectors[:, 4] = 3.0, np.nan  # the same for all; a field that nobody has
+    new = rng.normal(size=(5, 6)).astype(np.float32)
+    scaled = Scaling.fit(vectors).apply(new)
+    assert (scaled[:, [2, 4]] == 0).all()
+    assert np.abs(scaled).max() < 5
+    assert np.isfinite(Scaling.fit(vectors).apply(vectors)).all()
+    few = rng.normal(size=(20, 64)).astype(np.float32)  # fewer items than dimensions
+    whitened = Scaling.fit(few, "whiten")
+    norms = [np.linalg.norm(whitened.apply(some), axis=1).max() for some in (few, rng.normal(size=(20, 64)))]
+    assert norms[1] < 1.5 * norms[0]
+
+
+def test_the_axes_of_whitening_have_a_sign_of_their_own() -> None:
+    vectors = np.random.default_rng(1).normal(size=(60, 8)).astype(np.float32)
+    one, two = Scaling.fit(vectors, "whiten").map, Scaling.fit(vectors[::-1].copy(), "whiten").map
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    assert (one[np.abs(one).argmax(axis=0), np.arange(8)] > 0).all()

@@ -50,15 +50,16 @@ def paired(
         raise ConfigError(
             f"{len(prompts)} prompts but {len(continuations)} lists of continuations", remedy="give one list a prompt"
         )
-    built: dict[int, CatalogTrie] = {}  # many users scored against one list build its trie once
+    # Many users scored against one list build its trie once; the list is kept, or another could have its id.
+    built: dict[int, tuple[Sequence[Continuation], CatalogTrie]] = {}
     work: list[Work] = []
     for i, (prompt, candidates) in enumerate(zip(prompts, continuations, strict=True)):
         if len(candidates):
             if id(candidates) not in built:
                 trie = CatalogTrie.build([codec.encode_data(c) if isinstance(c, str) else c for c in candidates])
                 _check_tokens(trie.token[1:], limits, "continuations")
-                built[id(candidates)] = trie
-            trie = built[id(candidates)]
+                built[id(candidates)] = candidates, trie
+            _, trie = built[id(candidates)]
             (ids,) = encoded(codec, [prompt], limits, int(trie.depth.max()))
             work.append((ids, trie, i))
     return work

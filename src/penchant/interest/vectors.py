@@ -133,15 +133,23 @@ class Scaling:
         (Su et al. 2021, "Whitening Sentence Representations").
 
         A few dimensions of a causal LM's states are larger by orders of magnitude than all others and would decide
-        every dot product.
+        every dot product. What these vectors do not vary in says nothing of them, and must not decide what is like a
+        vector that comes later: it is left out.
         """
+        empty = np.isnan(vectors).all(axis=0)
+        if empty.any():  # a field that nobody has
+            vectors = np.where(empty, np.float32(0), vectors)
         mean: NDArray[np.float64] = np.nanmean(vectors, axis=0, dtype=np.float64)
         if kind == "standardise":
-            scale = 1 / np.maximum(np.nanstd(vectors, axis=0, dtype=np.float64), 1e-6)
+            deviation = np.nanstd(vectors, axis=0, dtype=np.float64)
+            scale = np.where(deviation > 1e-6, 1 / np.maximum(deviation, 1e-6), 0.0)
             return cls(mean.astype(np.float32), scale.astype(np.float32))
         centred = np.nan_to_num(vectors - mean)
         variance, axes = np.linalg.eigh(centred.T @ centred / max(1, len(vectors) - 1))
-        scale = 1 / np.sqrt(np.maximum(variance, _LEAST * max(variance.mean(), 1e-12)))
+        told = variance > _LEAST * max(variance.mean(), 1e-12)
+        scale = np.where(told, 1 / np.sqrt(np.where(told, variance, 1.0)), 0.0)
+        # An axis has no sign: without one of ours another processor's would give another run.
+        axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
         return cls(mean.astype(np.float32), (axes * scale).astype(np.float32))
 
     def apply(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
