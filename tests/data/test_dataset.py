@@ -111,7 +111,7 @@ def test_frames_lists_and_structures_become_text() -> None:
         }
     )
     rows = Dataset.read(log, items).items.rows()
-    assert rows[0] == ("1", "A", "x, y", "1.5", '{"k":[1,2]}', "true")
+    assert rows[0] == ("1", "A", "x|y", "1.5", '{"k":[1,2]}', "true")
     assert rows[1][2:4] == (None, None)
 
 
