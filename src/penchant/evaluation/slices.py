@@ -146,8 +146,10 @@ def _numbers(values: pl.Series) -> pl.Series | None:
 
 def _told(value: float) -> str:
     """A number in few digits, or in all of them where few are another number."""
+    if value.is_integer() and abs(value) < 1e15:
+        return f"{value:.0f}"
     short = f"{value:g}"
-    return short if float(short) == value else f"{value:.0f}" if value.is_integer() else repr(float(value))
+    return short if float(short) == value else repr(float(value))
 
 
 def _by_quartile(name: str, numbers: pl.Series) -> list[Slice]:
