@@ -200,9 +200,7 @@ def test_every_system_has_the_numbers_of_a_plain_loop(k: int, part: str, found_o
     assert row[f"NDCG@{k}"].mean == pytest.approx(ndcg(ours[FUSED], k) - ndcg(expected["encoder"], k))
     # A random order puts a target at each place of its candidates equally often.
     row = report.find("the candidates in random order (expected)", sample).metrics
-    chance = [
-        [place + 1 for place in range(n)] if n else [rank] for n, rank in zip(choices, ours[FUSED], strict=True)
-    ]
+    chance = [[place + 1 for place in range(n)] if n else [rank] for n, rank in zip(choices, ours[FUSED], strict=True)]
     assert row[f"Recall@{k}"].mean == pytest.approx(np.mean([recall(places, k) for places in chance]))
     assert row[f"NDCG@{k}"].mean == pytest.approx(np.mean([ndcg(places, k) for places in chance]))
 
