@@ -17,7 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from penchant.errors import ConfigError, DataError
-from penchant.schema import ITEM, TIME, TITLE, USER
+from penchant.schema import ITEM, TIME, TITLE, USER, VALUES
 
 Event = Mapping[str, Any]
 
@@ -146,7 +146,7 @@ def _told(value: Any) -> str | None:
     """A value as the catalogue's tables have it; None where there is nothing, as for pandas' NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    text = "|".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    text = VALUES.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return text if text.strip() else None
 
 

@@ -35,7 +35,7 @@ MOST_LETTERS = len(_LETTERS)
 
 def letters(n: int) -> list[str]:
     """The labels of n candidates: A to Z, then a to z."""
-    if n > len(_LETTERS):
+    if n > MOST_LETTERS:
         raise ConfigError(f"{n} candidates", where="choose", remedy=f"take at most {MOST_LETTERS}")
     return list(_LETTERS[:n])
 

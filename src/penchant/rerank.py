@@ -10,9 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from penchant.errors import ConfigError
-from penchant.schema import TITLE
-
-_SEPARATOR = "|"
+from penchant.schema import TITLE, VALUES
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +43,7 @@ class Rules:
             if cap < 1:
                 raise ConfigError(f"the cap of {column!r} is {cap}", where="caps", remedy="give 1 or more")
             values = items[column].cast(pl.String).to_list()
-            split = [tuple(part for part in (value or "").split(_SEPARATOR) if part) for value in values]
+            split = [tuple(part for part in (value or "").split(VALUES) if part) for value in values]
             labels.append((split, cap))
         title = items[TITLE].str.to_lowercase().str.strip_chars().rank("dense").to_numpy() if unique else None
         return cls(diversity, labels, None if title is None else title.astype(np.int64))

@@ -165,7 +165,8 @@ def check_target(folder: Path, live: Sequence[Any] = ()) -> None:
         )
     if not is_run:
         return
-    others = {path.name for path in folder.iterdir() if path.suffix != ".tmp"} - _ALL  # .tmp: what a kill left
+    # What a kill left half written is nobody's.
+    others = {path.name for path in folder.iterdir()} - _ALL - {path.name for path in folder.glob(".*.tmp")}
     if others:
         raise StorageError(
             f"the folder of the run holds other things ({min(others)}), and saving would replace it",

@@ -16,6 +16,8 @@ EVENT = "event_type"  # view, click, purchase, like, rating ...
 RATING = "rating"
 REVIEW = "review"
 QUERY = "query"
+# Between the values of one cell, such as an item's genres.
+VALUES = "|"
 OPTIONAL = (EVENT, RATING, REVIEW, QUERY)
 
 SCORE = "score"

@@ -16,7 +16,7 @@ from penchant.data.options import ReadOptions
 from penchant.data.tables import ROW, Table, TableOptions, open_table, table_of_frame
 from penchant.data.times import parse_times
 from penchant.errors import DataError
-from penchant.schema import ITEM, OPTIONAL, RATING, TIME, TITLE, USER
+from penchant.schema import ITEM, OPTIONAL, RATING, TIME, TITLE, USER, VALUES
 
 Source = str | Path | pl.DataFrame
 
@@ -186,7 +186,7 @@ def _text(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
     if isinstance(kind, pl.List | pl.Array):
         inner = kind.inner if isinstance(kind.inner, pl.DataType) else kind.inner()
         values = value.arr.to_list() if isinstance(kind, pl.Array) else value
-        return values.list.eval(_text(pl.element(), inner)).list.join("|", ignore_nulls=True)
+        return values.list.eval(_text(pl.element(), inner)).list.join(VALUES, ignore_nulls=True)
     if isinstance(kind, pl.Struct):
         return value.struct.json_encode()
     return value.cast(pl.String)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from penchant.errors import ConfigError, DataError
-from penchant.schema import ITEM
+from penchant.schema import ITEM, VALUES
 
 Lists = NDArray[np.integer]
 Values = NDArray[np.float64]
@@ -197,7 +197,7 @@ def validity(top: Lists, n_items: int) -> Validity:
 # -- genres ----------------------------------------------------------------------------------------
 
 
-def genre_matrix(items: pl.DataFrame, column: str, *, separator: str = "|") -> tuple[NDArray[np.bool_], list[str]]:
+def genre_matrix(items: pl.DataFrame, column: str, *, separator: str = VALUES) -> tuple[NDArray[np.bool_], list[str]]:
     """Which item has which genre (n_items, g), and their names in order, from a column of separated texts or lists.
 
     ConfigError where the items have no such column.

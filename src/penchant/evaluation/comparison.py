@@ -53,7 +53,7 @@ from penchant.evaluation.protocol import Protocol
 from penchant.evaluation.report import Report
 from penchant.evaluation.rows import Table
 from penchant.evaluation.spread import spread
-from penchant.evaluation.store import Finished, Store, TrainedStore, key_of, origin
+from penchant.evaluation.store import Finished, Store, TrainedStore, key_of, made_of, origin, seconds_of
 from penchant.evaluation.systems import System
 from penchant.evaluation.tasks import Task
 from penchant.interest.config import EncoderConfig
@@ -269,18 +269,14 @@ class Comparison(Prepared):
         if stored is not None:
             self.say(f"report, seed {seed}: stored")
             self.origins[kind, seed] = stored.get("origin", {})
-            return stored["report"] | self._published()
+            return stored["report"]
         begun = time.perf_counter()
         report = self._full(done, protocol, seed) if full else self._table(done, protocol, self.checked)
         report.settings["seed"] = seed
-        found = report.to_dict() | self._published()
+        found = report.to_dict()
         self.origins[kind, seed] = origin(self.stamp, time.perf_counter() - begun)
         self.store.save_record(kind, seed, key, {"report": found, "origin": self.origins[kind, seed]})
         return found
-
-    def _published(self) -> dict[str, Any]:
-        """What the task says of others, as it says it now: no part of what was measured."""
-        return {"published": [one.model_dump(mode="json") for one in self.task.published]}
 
     def _table(
         self, done: dict[str, Finished], protocol: Protocol, checked: LeakCheck, model: Recommender | None = None
@@ -373,7 +369,9 @@ class Comparison(Prepared):
         self.say(self.checked.notes()[0])
         runs = [self.report(seed) for seed in self.task.seeds]
         for report in runs:
+            # As the task says it now: no part of what was measured, or stored.
             report["title"] = f"{self.name}: {self.task.about}"
+            report["published"] = [one.model_dump(mode="json") for one in self.task.published]
         return {
             "task": self.name,
             "version": self.task.version,
@@ -382,23 +380,12 @@ class Comparison(Prepared):
             "seeds": self.task.seeds,
             **self.stamp,
             "environment": environment(),
-            "seconds": round(sum(map(_seconds, self.origins.values())), 1),
-            "systems": [{"name": name, "seed": seed, **_made(where)} for (name, seed), where in self.origins.items()],
+            "seconds": round(sum(map(seconds_of, self.origins.values())), 1),
+            "systems": [{"name": name, "seed": seed, **made_of(where)} for (name, seed), where in self.origins.items()],
             "spread": spread(runs),
             "differences": over_seeds(self.split, self.asked, self.task, self.ranks, (BOTH, *VARIANTS)),
             "runs": runs,
         }
-
-
-def _seconds(where: Mapping[str, Any]) -> float:
-    """Of a system, its training by another task included."""
-    return (where.get("seconds") or 0.0) + (where.get("trained") or {}).get("seconds", 0.0)
-
-
-def _made(where: Mapping[str, Any]) -> dict[str, Any]:
-    """Commit and seconds of a system, and of the training if that was another run's."""
-    found = {part: where.get(part) for part in ("commit", "changed", "seconds")}
-    return found | ({"trained": _made(where["trained"])} if "trained" in where else {})
 
 
 def _as_name(name: str) -> Name:

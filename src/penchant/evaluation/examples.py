@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from penchant.data.history import Targets
 from penchant.data.split import Split
-from penchant.evaluation.ranking import Ranked
+from penchant.evaluation.ranking import Ranked, newest
 from penchant.evaluation.report import Example
 from penchant.schema import TITLE
 
@@ -55,7 +55,7 @@ def examples(
             retrieved=int(retrieval.rank[row]),
             inside=None if choices is None else bool(choices[row]),
             candidates=candidates,
-            masked=masked and item in (history if seen_last is None else history[max(0, len(history) - seen_last) :]),
+            masked=masked and item in newest(history, seen_last),
         )
         out.append(
             Example(

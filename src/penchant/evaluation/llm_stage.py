@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penchant.data.history import Targets
-from penchant.evaluation.ranking import Ranked, Seen
+from penchant.evaluation.ranking import Ranked, Seen, newest
 from penchant.fusion import Fusion
 from penchant.interest.behaviour import Behaviour
 from penchant.interest.search import score_some
@@ -108,7 +108,7 @@ def _candidates(
 ) -> tuple[list[Items], list[NDArray[np.float32]]]:
     """Each target's candidates without repeats, and the encoder's scores of them."""
     if given is None:
-        masked = [h.item[max(0, len(h) - last) :] if last is not None else h.item for h in histories]
+        masked = [newest(h.item, last) for h in histories]
         if seen == "keep":
             masked = [h.item[:0] for h in histories]
         # Items added since the fit are no part of what is evaluated.

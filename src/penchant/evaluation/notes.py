@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from penchant.data.history import Targets
 from penchant.data.likeness import words_shared
 from penchant.data.split import Split
-from penchant.evaluation.ranking import Seen
+from penchant.evaluation.ranking import Seen, newest
 from penchant.evaluation.rows import Average
 from penchant.evaluation.systems import Queries
 from penchant.schema import TITLE
@@ -75,9 +75,7 @@ def counted(targets: Targets) -> str:
 
 def _repeated(targets: Targets, last: int | None = None) -> int:
     """Targets whose item stands in their own history, or among its ``last`` events."""
-    history = Queries.of(targets).history
-    if last is not None:
-        history = [items[max(0, len(items) - last) :] for items in history]
+    history = [newest(items, last) for items in Queries.of(targets).history]
     length = np.array([len(h) for h in history])
     item = np.repeat(targets.item, length)
     same = np.concatenate([np.zeros(0, dtype=np.int32), *history]) == item

@@ -45,6 +45,11 @@ class Ranked:
         return Ranked(self.system, self.rank[rows], self.top[rows], self.seconds * share)
 
 
+def newest(history: NDArray[np.int32], last: int | None) -> NDArray[np.int32]:
+    """The newest ``last`` events of a history (oldest first); all of them where that is None."""
+    return history if last is None else history[max(0, len(history) - last) :]
+
+
 def rank_targets(
     system: System,
     targets: Targets,
@@ -132,7 +137,7 @@ def _whole(
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Ranks and top lists of one block. The seen items' scores are put back: the array may be the system's own."""
     if last is not None:
-        masked = [history[max(0, len(history) - last) :] for history in masked]
+        masked = [newest(history, last) for history in masked]
     if not masked or not sum(map(len, masked)):
         return _ranks(scores, target, k, name)
     if not scores.flags.writeable:

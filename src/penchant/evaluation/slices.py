@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from penchant.data.history import Targets
 from penchant.data.split import Split, tied
 from penchant.errors import ConfigError, DataError
-from penchant.schema import ITEM, USER
+from penchant.schema import ITEM, USER, VALUES
 
 Mask = NDArray[np.bool_]
 
@@ -47,7 +47,7 @@ def slices(
     user_columns: Sequence[str] = (),
     users: pl.DataFrame | None = None,
     max_values: int = 10,
-    separator: str = "|",
+    separator: str = VALUES,
 ) -> list[Slice]:
     """History length, item coldness, popularity and ties in time, then the columns asked for, in that order.
 
@@ -119,7 +119,7 @@ def by_order(targets: Targets) -> list[Slice]:
 # -- any column ------------------------------------------------------------------------------------
 
 
-def by_values(name: str, values: pl.Series, *, max_values: int = 10, separator: str = "|") -> list[Slice]:
+def by_values(name: str, values: pl.Series, *, max_values: int = 10, separator: str = VALUES) -> list[Slice]:
     """Slices of one value a target (n_targets,): numbers, texts, separated texts or lists, as ``slices`` says."""
     if isinstance(values.dtype, pl.List):
         return _by_member(name, values.cast(pl.List(pl.String)), max_values)

@@ -39,6 +39,17 @@ def origin(stamp: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     }
 
 
+def seconds_of(where: Mapping[str, Any]) -> float:
+    """Of a system, its training by another task included."""
+    return (where.get("seconds") or 0.0) + (where.get("trained") or {}).get("seconds", 0.0)
+
+
+def made_of(where: Mapping[str, Any]) -> dict[str, Any]:
+    """Commit and seconds of a system, and of the training if that was another run's."""
+    found = {part: where.get(part) for part in ("commit", "changed", "seconds")}
+    return found | ({"trained": made_of(where["trained"])} if "trained" in where else {})
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder of one task's finished systems: `NAME-seedN.json` with the key, and `.npz` with the ranks.

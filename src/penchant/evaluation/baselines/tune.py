@@ -16,7 +16,7 @@ from penchant import metrics
 from penchant.data.history import Targets
 from penchant.data.split import Split
 from penchant.errors import ConfigError
-from penchant.evaluation.ranking import Seen, rank_targets
+from penchant.evaluation.ranking import Seen, newest, rank_targets
 from penchant.evaluation.systems import Queries, System
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -134,7 +134,7 @@ class Validation:
         history = Queries.of(self.targets).history
         if self.seen == "keep":
             return [items[:0] for items in history]
-        return history if self.seen_last is None else [h[max(0, len(h) - self.seen_last) :] for h in history]
+        return [newest(items, self.seen_last) for items in history]
 
     def ndcg(self, system: System) -> float:
         """Mean NDCG@10 of the whole catalogue's ranking."""
