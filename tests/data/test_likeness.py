@@ -77,3 +77,18 @@ def test_a_report_says_so(shuffled: bool) -> None:
     split = leave_last_out(Dataset.read(*_frames(shuffled)))
     notes = protocol_notes(split, split.test, "mask", None, None, "event")
     assert any("another numbering" in note for note in notes) == shuffled
+
+
+def test_repeats_are_called_lost_where_they_are_masked_and_no_more() -> None:
+    """The target is the event of two before it: masked with the whole history, free where only the last is."""
+    events = pl.DataFrame({"user_id": ["u"] * 4, "item_id": ["1", "2", "3", "2"], "timestamp": [1, 2, 3, 4]})
+    items = pl.DataFrame({"item_id": ["1", "2", "3"], "title": ["A", "B", "C"]})
+    split = leave_last_out(Dataset.read(events, items))
+    for last, said in (
+        (None, "masked, they cannot be found"),
+        (2, "masked, they cannot be found"),
+        (1, "count like any"),
+    ):
+        told = [n for n in protocol_notes(split, split.test, "mask", last, None, "event") if "are repeats" in n]
+        assert len(told) == 1
+        assert said in told[0]

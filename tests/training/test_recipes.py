@@ -41,6 +41,7 @@ from penchant.training.journal import read_log
 from penchant.training.recipe import TEMPLATES, Recipe
 from penchant.training.recipes import cut, finetune
 from penchant.training.rows import Row
+from penchant.training.start import started
 from penchant.training.student import Student, load_student
 
 # A few steps on a random model need not help: that is test_guards.py's matter.
@@ -260,6 +261,9 @@ def test_a_folder_without_an_adapter_is_no_start(byte_folder: Path, tmp_path: Pa
         load_student(settings(byte_folder, start_from=str(tmp_path / "absent")))
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         load_student(settings(byte_folder, start_from=str(tmp_path)))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ModelError, match="is no LoRA adapter but .IA3."):
+        started(settings(byte_folder, start_from=str(tmp_path)))
 
 
 def test_an_adapter_of_another_model_is_no_start(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:

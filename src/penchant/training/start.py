@@ -42,7 +42,9 @@ def _lora_of(adapter: Path) -> dict[str, Any]:
     saved = read_json(adapter / "adapter_config.json")
     if saved.get("peft_type") != "LORA":
         raise ModelError(
-            f"is a {saved.get('peft_type')} adapter", where=str(adapter), remedy="start_from goes on with LoRA alone"
+            f"is no LoRA adapter but {saved.get('peft_type')!r}",
+            where=str(adapter),
+            remedy="start_from goes on with LoRA alone",
         )
     targets = saved.get("target_modules")
     return {
