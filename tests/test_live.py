@@ -22,6 +22,7 @@ from penchant.evaluation.evaluate import evaluate
 from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
 from penchant.journal import Journal
+from penchant.live import LiveEvents
 from penchant.recommend import Recommender
 from penchant.run_folder import JOURNAL, FitConfig
 from tests.conftest import toy_frames
@@ -168,6 +169,18 @@ def test_times_may_be_given_in_several_ways(model: Recommender) -> None:
     assert events_of(model, "t") == ["4", "7", "5", "6"]
 
 
+@pytest.mark.parametrize("moment", [1_700_000_000, 1_700_000_000_000])
+def test_seconds_and_milliseconds_are_refused_where_the_log_has_our_days(moment: int) -> None:
+    columns = {"user_id": pl.String(), "item_id": pl.String(), "timestamp": pl.Int64()}
+    of_our_days, counted = LiveEvents(columns, 1_600_000_000_000_000), LiveEvents(columns, 1)
+    event = {"item_id": "1", "timestamp": moment}
+    with pytest.raises(DataError, match=r"(?s)event 1: .*January 1970.*multiply seconds"):
+        of_our_days.checked([event], {"1": 0}, "t")
+    assert counted.checked([event], {"1": 0}, "t") == [event]
+    event["timestamp"] = 1_700_000_000_000_000
+    assert of_our_days.checked([event], {"1": 0}, "t") == [event]
+
+
 @pytest.mark.parametrize(
     ("events", "message"),
     [
@@ -175,6 +188,7 @@ def test_times_may_be_given_in_several_ways(model: Recommender) -> None:
         ([{"item_id": "1"}, {"title": "x"}], "event 2: has no item_id"),
         ([{"item_id": "1", "colour": "red"}], "unknown column 'colour'"),
         ([{"item_id": "1", "timestamp": "yesterday"}], "'yesterday' is no time"),
+        ([{"item_id": "1", "timestamp": 1_700_000_000_000_000_000}], "after the year 2200"),
         ([{"item_id": "1", "rating": "good"}], "does not fit"),
         ([{"item_id": "1", "rating": float("nan")}], "rating is nan"),
     ],

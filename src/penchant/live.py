@@ -16,16 +16,21 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from penchant.data.times import YEAR_2200
 from penchant.errors import ConfigError, DataError
 from penchant.schema import ITEM, TIME, TITLE, USER, VALUES
 
 Event = Mapping[str, Any]
 
+# Seconds and milliseconds of our day, read as microseconds, lie in the first month of 1970.
+_FIRST_MONTH = 31 * 86_400 * 1_000_000
+
 
 class LiveEvents:
-    """Events that came after the fit, by user id, in the columns of the interactions."""
+    """Events that came after the fit, by user id, in the columns of the interactions, whose first is at ``since``."""
 
-    def __init__(self, columns: Mapping[str, pl.DataType]) -> None:
+    def __init__(self, columns: Mapping[str, pl.DataType], since: int) -> None:
+        self._since = since
         self._schema = {name: dtype for name, dtype in columns.items() if name != USER}
         self._events: dict[str, list[dict[str, Any]]] = {}
 
@@ -42,7 +47,8 @@ class LiveEvents:
         """A user's events as records, or a DataError that names the first that can't be used.
 
         Each needs an item_id that is ``known``; timestamp (datetime, or integer microseconds; a naive datetime is UTC)
-        is now where it is missing; every other column must be one of the interactions'.
+        is now where it is missing, and no number that can only be of another unit; every other column must be one of
+        the interactions'.
         """
         if isinstance(events, pl.DataFrame):
             events = events.to_dicts()
@@ -68,7 +74,7 @@ class LiveEvents:
                 raise DataError(f"unknown column {unknown[0]!r}", where=where, remedy=f"the interactions have {there}")
             row = {name: value for name, value in event.items() if name != USER and value is not None}
             row[ITEM] = str(event[ITEM])
-            row[TIME] = _micros(event.get(TIME), now + place, where)
+            row[TIME] = _micros(event.get(TIME), now + place, self._since, where)
             row = {name: value for name, value in self._frame([row], where).to_dicts()[0].items() if value is not None}
             odd = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
             if odd:
@@ -98,13 +104,25 @@ class LiveEvents:
             ) from error
 
 
-def _micros(given: Any, otherwise: int, where: str) -> int:
+def _micros(given: Any, otherwise: int, since: int, where: str) -> int:
     if given is None:
         return otherwise
     if isinstance(given, datetime):
         aware = given if given.tzinfo else given.replace(tzinfo=UTC)
         return round(aware.timestamp() * 1_000_000)
     if isinstance(given, int) and not isinstance(given, bool):
+        if given >= YEAR_2200:
+            raise DataError(
+                f"timestamp {given} read in microseconds lies after the year 2200",
+                where=where,
+                remedy="give a datetime, or divide nanoseconds by 1,000",
+            )
+        if 0 < given < _FIRST_MONTH <= since:
+            raise DataError(
+                f"timestamp {given} read in microseconds lies in January 1970, before all that was fitted",
+                where=where,
+                remedy="give a datetime, or multiply seconds by 1,000,000 and milliseconds by 1,000",
+            )
         return given
     raise DataError(
         f"{given!r} is no time", where=where, remedy="give a datetime, or integer microseconds since 1970 UTC"

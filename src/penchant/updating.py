@@ -29,7 +29,9 @@ class Updated(Served):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._events = LiveEvents(dict(self.split.dataset.interactions.schema))
+        interactions = self.split.dataset.interactions
+        since = interactions[schema.TIME].min()
+        self._events = LiveEvents(dict(interactions.schema), since if isinstance(since, int) else 0)
         self._behaviours: dict[str, Behaviour] = {}  # of users with events since the fit
         self._since = np.zeros(len(self.texts))  # events of each item since the fit
         self._journal: Journal | None = None

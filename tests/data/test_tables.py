@@ -72,6 +72,13 @@ def test_a_wide_separator_is_found_across_pieces(tmp_path: Path, monkeypatch: py
     assert frame.drop(ROW).rows() == ROWS
 
 
+def test_a_wide_separator_within_quotes_is_text(tmp_path: Path) -> None:
+    frame = read(write(tmp_path / "u.dat", 'a::b\n1::"Alien::Covenant"\n2::Heat\n'), separator="::")
+    assert frame["b"].to_list() == ["Alien::Covenant", "Heat"]
+    lines = read(write(tmp_path / "u.jsonl", '{"a": "Alien::Covenant"}\n'), separator="::")
+    assert lines["a"].to_list() == ["Alien::Covenant"]
+
+
 @pytest.mark.parametrize("name", ["t.csv.gz", "t.tsv.gz", "t.jsonl.gz"])
 def test_gzipped_text_is_read(tmp_path: Path, name: str) -> None:
     frame = pl.DataFrame(ROWS, schema=["a", "b", "c"], orient="row")

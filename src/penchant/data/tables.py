@@ -67,6 +67,11 @@ class TableOptions(BaseModel):
         default_factory=list, description="texts that stand for a missing value, besides the empty field"
     )
 
+    @property
+    def wide(self) -> str | None:
+        """The separator where it is of several characters, which polars cannot split at."""
+        return self.separator if self.separator is not None and len(self.separator) > 1 else None
+
     @field_validator("separator")
     @classmethod
     def _separator(cls, value: str | None) -> str | None:
@@ -114,13 +119,14 @@ class Table:
     separator: str = ","
     quote: str | None = None
     last: str | None = None
+    wide: str | None = None
 
     def collect(self, chosen: Mapping[str, str]) -> pl.DataFrame:
         """Read the columns ``chosen`` (new name -> column in the file), and ``ROW`` (UInt32).
 
         Raises DataError where the file cannot be decoded or parsed, or a row has too few or too many fields.
         """
-        wanted = [pl.col(ROW), *(pl.col(source).alias(name) for name, source in chosen.items())]
+        wanted = [pl.col(ROW), *(self._as_written(source).alias(name) for name, source in chosen.items())]
         if self.last is None:
             return self._run(self.rows.select(wanted))
         # Polars fills a short row up with nulls; only where the last field is empty can a row be short.
@@ -128,6 +134,12 @@ class Table:
         if not marked["__last_is_null__"].any():
             return marked.drop("__last_is_null__")
         return marked.drop("__last_is_null__").filter(~pl.col(ROW).is_in(self._blank_rows().implode()))
+
+    def _as_written(self, column: str) -> pl.Expr:
+        """A column; what stands for a ``wide`` separator in its quoted fields is text again."""
+        if self.wide is None:
+            return pl.col(column)
+        return pl.col(column).str.replace_all(UNIT_SEPARATOR, self.wide, literal=True)
 
     def _run(self, query: pl.LazyFrame) -> pl.DataFrame:
         try:
@@ -232,7 +244,7 @@ def open_table(path: str | Path, options: TableOptions | None = None) -> Iterato
             table = _scan_parquet(path, where)
         else:
             folder = Path(stack.enter_context(_temporary_folder()))
-            wide = options.separator if len(options.separator or "") > 1 else None
+            wide = None if kind == "jsonl" else options.wide
             # Polars' JSON reader, unlike its CSV reader, stumbles over a byte order mark.
             text = utf8_copy(path, folder, options.encoding, wide, where, unmark=kind == "jsonl")
             if not text.stat().st_size:
@@ -303,9 +315,7 @@ def _scan_json(text: Path, where: str) -> Table:
 
 
 def _scan_csv(text: Path, options: TableOptions, kind: Format, where: str) -> Table:
-    separator = options.separator or ("\t" if kind == "tsv" else ",")
-    if len(separator) > 1:
-        separator = UNIT_SEPARATOR
+    separator = UNIT_SEPARATOR if options.wide else options.separator or ("\t" if kind == "tsv" else ",")
     skipped, _ = leading_blanks(text)
     names = _padded_names(text, options.columns, separator, options.quote, where)
     rows = pl.scan_csv(
@@ -326,7 +336,7 @@ def _scan_csv(text: Path, options: TableOptions, kind: Format, where: str) -> Ta
     )
     width = len(names) if names is not None else len(table.columns)
     last = (names or table.columns)[-1] if width > 1 else None
-    return Table(where, table.columns, rows, kind, text, separator, options.quote, last)
+    return Table(where, table.columns, rows, kind, text, separator, options.quote, last, options.wide)
 
 
 def _padded_names(
