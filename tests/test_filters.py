@@ -70,6 +70,10 @@ def test_what_a_condition_means(condition: str, expected: str) -> None:
     assert passing(condition) == expected
 
 
+def test_a_number_may_have_blanks_around_it() -> None:
+    assert passing("year>=1990", ITEMS.with_columns(year=pl.lit(" 1995 "))) == "abcde"
+
+
 @pytest.mark.parametrize("text", ["", "   ", "genres", "=", "=x", "~x", ">5", "!x"])
 def test_what_is_no_condition(text: str) -> None:
     with pytest.raises(ConfigError, match="cannot read the condition") as caught:

@@ -22,7 +22,7 @@ from penchant.evaluation.evaluate import evaluate
 from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
 from penchant.journal import Journal
-from penchant.live import LiveEvents
+from penchant.live import LiveEvents, checked_items
 from penchant.recommend import Recommender
 from penchant.run_folder import JOURNAL, FitConfig
 from tests.conftest import toy_frames
@@ -244,6 +244,30 @@ def test_an_item_like_another_stands_beside_it(model: Recommender) -> None:
     assert {"5", "twin"} <= set(both)
     once = model.recommend(["u1"], 20, method="retrieve", include_seen=True)["item_id"].to_list()
     assert len({"5", "twin"} & set(once)) == 1
+
+
+def test_values_of_new_items_are_written_as_the_catalogue_has_them() -> None:
+    item = {
+        "item_id": "1",
+        "title": "Heat",
+        "in_stock": True,
+        "tags": ["a", None, "b"],
+        "since": datetime(2024, 1, 31),
+        "price": 1e20,
+        "pages": 7,
+        "maker": {"name": "x", "year": 1},
+        "note": float("nan"),
+    }
+    log = pl.DataFrame({"user_id": ["u"], "item_id": ["1"], "timestamp": [1]})
+    frame = pl.DataFrame([item]).with_columns(note=pl.lit(None, dtype=pl.String))
+    read = Dataset.read(log, frame).items
+    expected = read.drop("item_id").row(0)
+    assert {"true", "a|b"} <= set(expected)
+    again = frame.with_columns(item_id=pl.lit("2"))
+    for given in ([item | {"item_id": 2}], again, again.to_dicts()):
+        made = checked_items(given, read, {"1": 0})
+        assert made["item_id"].to_list() == ["2"]
+        assert made.drop("item_id").row(0) == expected
 
 
 @pytest.mark.parametrize(

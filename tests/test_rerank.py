@@ -38,6 +38,15 @@ def test_a_title_comes_once_whatever_its_case() -> None:
     assert chosen(8) == [3, 0, 1, 4, 6, 7]  # 2 is the A again, 5 the B
 
 
+def test_a_value_is_the_same_with_blanks_around_it_and_counts_once() -> None:
+    items = pl.DataFrame({"item_id": list("abcd"), "title": list("ABCD")})
+    items = items.with_columns(genres=pl.Series(["Comedy | Drama", "Drama", "Comedy|Comedy", "War"]))
+    made = Rules.of(items, caps={"genres": 1})
+    assert made.choose([0, 1, 2, 3], None, 4) == [0, 3]
+    made = Rules.of(items, caps={"genres": 2})
+    assert made.choose([2, 0, 1, 3], None, 4) == [0, 1, 2, 3]
+
+
 def test_caps_by_hand() -> None:
     # Every label of an item counts, and an item without one is capped by nothing.
     assert chosen(8, caps={"genres": 1}, unique=False) == [3, 2, 5, 4, 7]

@@ -42,7 +42,8 @@ def parse_condition(text: str) -> pl.Expr:
     if math.isnan(number):
         raise ConfigError(f"{value!r} is not a number", where=f"--where {text}", remedy="compare text with = or ~")
     # NaN would be greater than every number.
-    numeric = column.cast(pl.Float64, strict=False).fill_nan(None)
+    bare = column.cast(pl.String).str.strip_chars()
+    numeric = pl.coalesce(column.cast(pl.Float64, strict=False), bare.cast(pl.Float64, strict=False)).fill_nan(None)
     return {">": numeric > number, ">=": numeric >= number, "<": numeric < number, "<=": numeric <= number}[operator]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from penchant.data.reading import as_text
 from penchant.data.times import YEAR_2200
 from penchant.errors import ConfigError, DataError
 from penchant.schema import ITEM, TIME, TITLE, USER, VALUES
@@ -133,6 +134,8 @@ def checked_items(
     items: Sequence[Mapping[str, Any]] | pl.DataFrame, base: pl.DataFrame, known: Mapping[str, int]
 ) -> pl.DataFrame:
     """New items as rows of the catalogue, missing columns null; DataError that names the first that can't be used."""
+    if isinstance(items, pl.DataFrame):
+        items = items.select(as_text(name, kind, "add_items") for name, kind in items.schema.items())
     rows = items.to_dicts() if isinstance(items, pl.DataFrame) else items
     if isinstance(rows, Mapping) or not isinstance(rows, Sequence):
         raise ConfigError("items are no list", where="add_items", remedy='give [{"item_id": ...}, ...] or a DataFrame')
@@ -140,9 +143,9 @@ def checked_items(
     out = []
     for place, item in enumerate(rows):
         where = f"add_items, item {place + 1}"
-        if not isinstance(item, Mapping) or _told(item.get(ITEM)) is None:
+        name = _told(item.get(ITEM)) if isinstance(item, Mapping) else None
+        if name is None:
             raise DataError(f"has no {ITEM}", where=where, remedy='give {"item_id": ..., "title": ...}')
-        name = str(item[ITEM])
         if name in known or name in seen:
             raise DataError(f"item {name!r} is in the catalogue already", where=where, remedy="give it another id")
         seen.add(name)
@@ -162,10 +165,19 @@ def checked_items(
 
 def _told(value: Any) -> str | None:
     """A value as the catalogue's tables have it; None where there is nothing, as for pandas' NaN."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    text = _text(value)
+    return text if text is not None and text.strip() else None
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isnan(value):
         return None
-    text = VALUES.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return text if text.strip() else None
+    if isinstance(value, list | tuple):
+        return VALUES.join(text for one in value if (text := _text(one)) is not None)
+    frame = pl.DataFrame({"value": [value]})
+    return frame.select(as_text("value", frame.schema["value"], "add_items")).item()
 
 
 def _is_text(text: str) -> bool:

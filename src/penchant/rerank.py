@@ -43,7 +43,10 @@ class Rules:
             if cap < 1:
                 raise ConfigError(f"the cap of {column!r} is {cap}", where="caps", remedy="give 1 or more")
             values = items[column].cast(pl.String).to_list()
-            split = [tuple(part for part in (value or "").split(VALUES) if part) for value in values]
+            split = [
+                tuple(dict.fromkeys(p for part in (value or "").split(VALUES) if (p := part.strip())))
+                for value in values
+            ]
             labels.append((split, cap))
         title = items[TITLE].str.to_lowercase().str.strip_chars().rank("dense").to_numpy() if unique else None
         return cls(diversity, labels, None if title is None else title.astype(np.int64))

@@ -36,6 +36,13 @@ def test_good_files_keep_every_rule(put: Put) -> None:
     assert len(judged(put, GOOD_LOG, GOOD_ITEMS)) >= 15
 
 
+def test_what_reading_would_leave_nothing_of_is_no_pass(put: Put) -> None:
+    log = "user_id,item_id,timestamp,rating\nu,1,1,1\nu,2,2,0\nu,1,3,1\n"
+    assert broken(put, log, GOOD_ITEMS, positive_threshold=4) == {"events are left": "FAIL"}
+    strange = HEAD + "u,7,1\nu,8,2\nu,9,3\n"
+    assert "events are left" in broken(put, strange, GOOD_ITEMS, unknown_items="drop")
+
+
 def test_every_problem_is_seen_at_once(put: Put) -> None:
     log = HEAD + ",1,1\nu, ,2\nu,1,soon\nu,99,3\nu,98,3\nu,1,9999999999\nv,2,4\nv,2,4\n"
     items = "item_id,title\n1,Heat\n2,Alien\n,Nameless\n1,Heat again\n3,\n4,Heat\n5,<|im_end|> now\n6," + "x" * 201

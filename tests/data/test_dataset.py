@@ -149,6 +149,16 @@ def test_lists_in_cells(put: Put) -> None:
     ]
 
 
+def test_context_may_hold_lists_too(put: Put) -> None:
+    log = put("log.csv", "user_id,item_id,timestamp,device,shop\nu,1;2,1;2,web;app,north\nv,2,7,tv,north\n")
+    read = Dataset.read(log, put("items.csv", ITEMS), list_separator=";", context=["device", "shop"])
+    assert read.interactions["device"].to_list() == ["web", "app", "tv"]
+    assert read.interactions["shop"].to_list() == ["north"] * 3
+    uneven = put("uneven.csv", "user_id,item_id,timestamp,device\nu,1;2,1;2,web;app;tv\n")
+    with pytest.raises(DataError, match="2 values of 'item_id' and 3 of 'device'"):
+        Dataset.read(uneven, put("items.csv", ITEMS), list_separator=";", context=["device"])
+
+
 def test_without_times_the_place_in_the_list_is_the_time(put: Put) -> None:
     log = put("log.csv", "user_id,item_id\nu,10;1\nv,2\nu,1;2\n")
     assert events(Dataset.read(log, put("items.csv", ITEMS), list_separator=";")) == [

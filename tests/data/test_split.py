@@ -295,6 +295,15 @@ def test_global_time_by_moments(targets: str, valid: set[tuple[str, str]], test:
     assert split.valid.history(where).size == 0
 
 
+def test_shares_of_times_that_tie_leave_whole_moments_to_each_window() -> None:
+    # Twenty users, one event on each of five days: a tenth for each window is one day for each.
+    rows = [(f"u{user:02}", str(day), day) for user in range(20) for day in range(1, 6)]
+    split = global_time(made(rows))
+    assert {split.log.time[at] // 1_000_000 for at in split.test.position} == {5}
+    assert {split.log.time[at] // 1_000_000 for at in split.valid.position} == {4}
+    assert split.train.sum() == 60
+
+
 def test_a_moment_without_a_zone_is_utc_and_another_zone_is_the_same_moment() -> None:
     dataset = made(GLOBAL)
     aware = global_time(dataset, valid_from=_at(5), test_from=_at(8))

@@ -67,7 +67,10 @@ def test_typed_times(value: object) -> None:
     assert Dataset.read(log, items).interactions["timestamp"].to_list() == [expected]
 
 
-@pytest.mark.parametrize("text", ["soon", "2020-02-30", "inf", "nan", "", "  ", "2020-01-01T25:00:00"])
+@pytest.mark.parametrize(
+    "text",
+    ["soon", "05-06-24", "5-6-2024", "28-12-23T10:00", "2020-02-30", "inf", "nan", "", "  ", "2020-01-01T25:00:00"],
+)
 def test_what_is_no_time_names_row_and_column(put: Put, text: str) -> None:
     log = put("log.csv", HEAD + f"1,1,1\n1,1,{text}\n")
     with pytest.raises(DataError) as caught:
@@ -84,6 +87,8 @@ def test_what_is_no_time_names_row_and_column(put: Put, text: str) -> None:
         ("1700000000000.5", "--time-unit ms"),
         ("1700000000000000000", "nanoseconds"),
         ("99999999999999999999999", "nanoseconds"),
+        ("20240131183000", "write times as 2024"),
+        ("202401311830", "write times as 2024"),
     ],
 )
 def test_a_number_past_2200_is_of_another_unit(put: Put, text: str, remedy: str) -> None:

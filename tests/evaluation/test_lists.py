@@ -15,9 +15,10 @@ from tests.conftest import toy_frames
 
 from penchant.data.dataset import Dataset
 from penchant.data.history import Targets
-from penchant.data.split import global_time, leave_last_out
+from penchant.data.split import Split, global_time, leave_last_out
 from penchant.errors import ConfigError, DataError
 from penchant.evaluation import lists as module
+from penchant.evaluation.evaluate_lists import evaluate_lists
 from penchant.evaluation.lists import score_lists
 from penchant.metrics import list_rank, recall
 
@@ -27,14 +28,19 @@ N = len(IDS)
 
 
 @pytest.fixture(scope="module")
-def targets() -> Targets:
+def split() -> Split:
     """Users u0 to u3, whose test target is e; u4, whose target repeats its first item, a."""
     rows = [
         (f"u{u}", item, 10_000_000 + t) for u in range(5) for t, item in enumerate("abcd" + ("a" if u == 4 else "e"))
     ]
     interactions = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
     items = pl.DataFrame({"item_id": list(IDS), "title": [f"title {i}" for i in IDS]})
-    return leave_last_out(Dataset.read(interactions, items)).test
+    return leave_last_out(Dataset.read(interactions, items))
+
+
+@pytest.fixture(scope="module")
+def targets(split: Split) -> Targets:
+    return split.test
 
 
 def table(lists: dict[str, str], **columns: list[Any]) -> pl.DataFrame:
@@ -162,8 +168,10 @@ def test_scores_in_plain_loops(targets: Targets, data: st.DataObject, k: int) ->
 def test_rank_and_score_together_go_by_rank(targets: Targets) -> None:
     found = score_lists(table({"u0": "fegh"}, rank=[1, 2, 3, 4], score=[1.0, 1, 1, 1]), targets, k=4)
     assert (found.rank[0], found.findings.tied) == (2, 0)
-    with pytest.raises(DataError, match="disagree"):
-        score_lists(table({"u0": "fegh"}, rank=[1, 2, 3, 4], score=[1.0, 2, 1, 1]), targets, k=4)
+    # A list made diverse has its places for its ranks, and scores that rise somewhere.
+    found = score_lists(table({"u0": "fegh"}, rank=[1, 2, 3, 4], score=[1.0, 2, 1, 1]), targets, k=4)
+    assert (found.rank[0], found.findings.tied, found.findings.disagree) == (2, 0, 1)
+    assert "1 users' lists have a higher score at a lower place" in found.findings.notes(4)[-1]
 
 
 @pytest.mark.parametrize("block", [1, 7, 8_000_000])
@@ -224,6 +232,22 @@ def test_what_recommend_gives_can_be_scored_as_it_is(targets: Targets) -> None:
     assert score_lists(frame, targets, k=2).rank[0] == 1
 
 
+def test_a_file_called_popularity_stands_beside_the_baseline(targets: Targets, split: Split, tmp_path: Path) -> None:
+    log = targets.log
+    frame = pl.DataFrame(
+        {
+            "user_id": [log.user_ids[u] for u in targets.user],
+            "item_id": [log.item_ids[i] for i in targets.item],
+            "rank": [1] * len(targets),
+        }
+    )
+    frame.write_parquet(tmp_path / "popularity.parquet")
+    report = evaluate_lists(split, targets, tmp_path / "popularity.parquet")
+    assert {row.system for row in report.rows[:2]} == {"popularity (given)", "popularity"}
+    best = next(row for row in report.rows if row.system == "popularity (given)")
+    assert best.metrics["NDCG@10"].mean == pytest.approx(0.8)  # u4's target is one that it had
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -270,3 +294,9 @@ def test_options_and_files_that_are_none(targets: Targets, tmp_path: Path) -> No
     for path in (tmp_path / "text.parquet", tmp_path / "none.parquet"):
         with pytest.raises(DataError, match="cannot be read as parquet"):
             score_lists(path, targets)
+
+
+def test_a_split_without_a_test_is_refused(targets: Targets, split: Split) -> None:
+    frame = table({"u0": "ef"}, rank=[1, 2])
+    with pytest.raises(DataError, match="no targets to evaluate on"):
+        evaluate_lists(split, targets.take(np.zeros(0, dtype=np.int64)), frame)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from penchant.data import rules
-from penchant.data.dataset import read_both
+from penchant.data.dataset import events_left, read_both
 from penchant.data.findings import Findings, Problem, Rule
 from penchant.data.options import ReadOptions
 from penchant.data.reading import Rows, Source
@@ -21,7 +22,9 @@ def check(interactions: Source, items: Source, options: ReadOptions | None = Non
     """
     options = ReadOptions.of(options, **kw)
     findings = Findings(keep_going=True)
-    events, catalogue, _ = read_both(interactions, items, options, findings)
+    events, catalogue, dropped = read_both(interactions, items, options, findings)
+    if events is not None and catalogue is not None and all(rule.passed for rule in findings.rules):
+        findings.attempt("events are left", partial(events_left, events, catalogue, dropped, options))
     return [*findings.rules, *_event_warnings(events), *_item_warnings(catalogue), *_both_warnings(events, catalogue)]
 
 

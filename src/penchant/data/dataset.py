@@ -60,18 +60,7 @@ class Dataset:
 
     @classmethod
     def _filtered(cls, events: Rows, catalogue: Rows, dropped: dict[str, int], options: ReadOptions) -> Dataset:
-        frame, below = filters.positive(events.frame, options.positive_threshold)
-        frame, repeated = filters.without_repeats(frame, options.repeats)
-        frame, outside = filters.k_core(frame, options.min_user_events, options.min_item_events)
-        kept, unsold = filters.kept_items(catalogue.frame, frame, options.min_item_events)
-        dropped = dropped | below | repeated | outside | unsold
-        if frame.is_empty():
-            reasons = ", ".join(f"{name} {number:,}" for name, number in dropped.items() if number) or "none were read"
-            raise DataError(
-                f"no events are left of {events.read:,} rows ({reasons})",
-                where=events.where,
-                remedy="loosen --positive-threshold, --min-user-events or --min-item-events, or check the ids",
-            )
+        frame, kept, dropped = events_left(events, catalogue, dropped, options)
         events.frame = frame = frame.drop(ROW)
         kept = sort_items(kept.drop(ROW))
         report = {
@@ -187,6 +176,25 @@ def read_both(
     if events is not None and catalogue is not None:
         dropped = dropped | filters.with_known_items(events, catalogue, options, findings)
     return events, catalogue, dropped
+
+
+def events_left(
+    events: Rows, catalogue: Rows, dropped: dict[str, int], options: ReadOptions
+) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:
+    """Events and items that the options' filters leave, and the counts dropped; DataError where no event is left."""
+    frame, below = filters.positive(events.frame, options.positive_threshold)
+    frame, repeated = filters.without_repeats(frame, options.repeats)
+    frame, outside = filters.k_core(frame, options.min_user_events, options.min_item_events)
+    kept, unsold = filters.kept_items(catalogue.frame, frame, options.min_item_events)
+    dropped = dropped | below | repeated | outside | unsold
+    if frame.is_empty():
+        reasons = ", ".join(f"{name} {number:,}" for name, number in dropped.items() if number) or "none were read"
+        raise DataError(
+            f"no events are left of {events.read:,} rows ({reasons})",
+            where=events.where,
+            remedy="loosen --positive-threshold, --min-user-events or --min-item-events, or check the ids",
+        )
+    return frame, kept, dropped
 
 
 def _iso(microseconds: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import polars as pl
 
@@ -11,18 +11,19 @@ from penchant.data.rules import place
 from penchant.data.tables import ROW
 from penchant.schema import EVENT, ITEM, RATING, TIME
 
-# Columns that may hold one value an item; free text may hold the separator as text.
+# Columns that may hold one value an item, besides context; free text may hold the separator as text.
 _SPLIT = (ITEM, TIME, RATING, EVENT)
 
 
-def list_columns(frame: pl.DataFrame, separator: str | None) -> list[str]:
+def list_columns(frame: pl.DataFrame, separator: str | None, context: Sequence[str] = ()) -> list[str]:
     """The columns that hold lists: list-typed ones, and with a separator the texts in which it occurs.
 
-    A text column without any separator in it is one value for the whole row; ITEM never is.
+    With a separator these are ids, times, ratings, event types and ``context``. A text column without any separator in
+    it is one value for the whole row; ITEM never is.
     """
     found = [name for name, kind in frame.schema.items() if isinstance(kind, pl.List)]
     if separator is not None:
-        for name in _SPLIT:
+        for name in (*_SPLIT, *context):
             is_text = name in frame.columns and frame.schema[name] == pl.String
             if is_text and (name == ITEM or frame[name].str.contains(separator, literal=True).any()):
                 found.append(name)
@@ -30,7 +31,12 @@ def list_columns(frame: pl.DataFrame, separator: str | None) -> list[str]:
 
 
 def explode_lists(
-    frame: pl.DataFrame, separator: str | None, mapping: Mapping[str, str], where: str, findings: Findings
+    frame: pl.DataFrame,
+    separator: str | None,
+    context: Sequence[str],
+    mapping: Mapping[str, str],
+    where: str,
+    findings: Findings,
 ) -> pl.DataFrame:
     """One row an item of each list; the other columns repeat, or hold lists of the same length.
 
@@ -38,7 +44,7 @@ def explode_lists(
     """
     arrays = [name for name, kind in frame.schema.items() if isinstance(kind, pl.Array)]
     frame = frame.with_columns(pl.col(arrays).arr.to_list()) if arrays else frame
-    lists = list_columns(frame, separator)
+    lists = list_columns(frame, separator, context)
     if ITEM not in lists:
         return frame
     split = [

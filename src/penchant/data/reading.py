@@ -62,7 +62,7 @@ def read_interactions(source: Source, options: ReadOptions, findings: Findings) 
     rows.read = len(rows.frame)
     if not rows.read:
         raise DataError("there are no rows", where=rows.where, remedy="give at least one event")
-    rows.frame = explode_lists(rows.frame, options.list_separator, rows.mapping, rows.where, findings)
+    rows.frame = explode_lists(rows.frame, options.list_separator, options.context, rows.mapping, rows.where, findings)
     if _wrong_id_kinds(rows, (USER, ITEM), findings):
         return None
     _clean_ids(rows, (USER, ITEM), findings)
@@ -77,7 +77,7 @@ def read_interactions(source: Source, options: ReadOptions, findings: Findings) 
 
 
 def read_items(source: Source, options: ReadOptions, findings: Findings) -> Rows | None:
-    """Read the items: ITEM and TITLE as String, every further column as text (lists joined with ', '), ROW.
+    """Read the items: ITEM and TITLE as String, every further column as text (lists joined with '|'), ROW.
 
     Returns None only where the findings keep going and the columns or the ids leave nothing to look at.
     """
@@ -168,7 +168,7 @@ def parse_ratings(raw: pl.Series) -> pl.Series:
 
 
 def as_text(name: str, kind: pl.DataType, where: str) -> pl.Expr:
-    """A column as String: lists joined with ', ', structures as JSON, an empty text is a missing one.
+    """A column as String: lists joined with '|', structures as JSON, an empty text is a missing one.
 
     Raises DataError for a column of bytes or objects.
     """

@@ -17,6 +17,9 @@ from penchant.data.tables import ROW
 from penchant.data.times import TimeUnit, fitting_unit
 from penchant.schema import ITEM, RATING, TIME, TITLE, USER
 
+# 20240131183000 or 202401311830: a day and a time of it, without the marks between.
+_COMPACT = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])[0-5]\d([0-5]\d)?$"
+
 
 def place(where: str, row: int | None, column: str) -> str:
     """'ratings.csv, row 17, column 'userId''."""
@@ -109,6 +112,8 @@ def far_times(
     remedy = (
         f"--time-unit {fitting}" if fitting is not None else "divide nanoseconds by 1000 and read with --time-unit us"
     )
+    if raw.filter(too_far).cast(pl.String).str.strip_chars().str.contains(_COMPACT).all():
+        remedy = "write times as 2024-01-31T18:30:00: these look like dates without their marks"
     return Problem(
         f"{raw[first]} read in {unit} lies after the year 2200{_others(int(too_far.sum()))}",
         place(where, rows[ROW][first], column),

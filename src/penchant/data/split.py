@@ -200,7 +200,7 @@ def global_time(
     ordered = np.sort(log.time)
     n_test, n_valid = (max(1, round(len(ordered) * share)) for share in (test_share, valid_share))
     until_test = _micros(test_from) if test_from else int(ordered[-n_test])
-    before = int(np.searchsorted(ordered, until_test)) if test_from else len(ordered) - n_test
+    before = int(np.searchsorted(ordered, until_test))  # events of the same moment as the edge are all of the test
     until_valid = _micros(valid_from) if valid_from else int(ordered[max(0, before - n_valid)])
     if until_valid >= until_test:
         raise ConfigError(

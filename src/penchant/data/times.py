@@ -67,6 +67,8 @@ def _numbers(raw: pl.Series, unit: TimeUnit) -> Times:
 
 
 def _iso(text: pl.Series) -> pl.Series:
+    # A year has four digits: with two, 05-06-24 would be a day of the year 5.
+    text = text.set(~text.str.contains(r"^\d{4}-").fill_null(False), None)
     text = text.str.replace(r"^(\S+) (\d)", "${1}T${2}").str.replace(r"(?i)\s*(Z|UTC)$", "+00:00")
     found = pl.Series(text.name, [None], dtype=pl.Int64).new_from_index(0, len(text))
     for form in (*_NAIVE, *_ZONED):

@@ -344,7 +344,7 @@ class Comparison(Prepared):
             f"the LLM's weight was chosen on {model.fusion.n_found:,} validation users whose target was retrieved, of "
             f"{model.fusion.n_users:,} drawn, besides the encoder's budget"
         )
-        if self.task.seen_last is not None or self.asked.candidates is not None:
+        if self.task.seen == "keep" or self.task.seen_last is not None or self.asked.candidates is not None:
             report.notes.append(
                 "the LLM's weight was chosen on retrieved candidates with all seen items masked, whatever the test has"
             )

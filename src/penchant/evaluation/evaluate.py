@@ -210,7 +210,9 @@ def tabulate(
         )
         seconds["LLM stage"] = time.perf_counter() - begun
         rows += _llm_rows(table.take(chosen), protocol, model, shown, stage, best)
-        notes.append(f"the LLM stage ran on {len(chosen):,} seeded users of {len(targets):,}; --llm-users changes that")
+        notes.append(
+            f"the LLM stage ran on {len(chosen):,} seeded targets of {len(targets):,}; --llm-users changes that"
+        )
         if stage.n_asked < len(chosen):
             notes.append(
                 f"the LLM was asked of the {stage.n_asked:,} targets among them that were retrieved: no order of other "

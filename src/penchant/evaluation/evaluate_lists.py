@@ -12,7 +12,7 @@ from penchant.data.split import Split
 from penchant.errors import ConfigError
 from penchant.evaluation.baselines.events import TrainingEvents
 from penchant.evaluation.baselines.popularity import fit_popularity
-from penchant.evaluation.evaluate import tabulate
+from penchant.evaluation.evaluate import check_targets, tabulate
 from penchant.evaluation.lists import score_lists
 from penchant.evaluation.protocol import Protocol
 from penchant.evaluation.ranking import Ranked
@@ -47,10 +47,12 @@ def evaluate_lists(
             where="evaluate lists",
             remedy="give a task without seen_last, or none",
         )
+    check_targets(split, targets)
     repeats = protocol.seen == "keep"
     scored = score_lists(table, targets, protocol.k, repeats=repeats)
-    name = table.stem if isinstance(table, Path) else "recommendations"
     popular = protocol.rank(fit_popularity(TrainingEvents.of(split)), targets)
+    name = table.stem if isinstance(table, Path) else "recommendations"
+    name = f"{name} (given)" if name == popular.system else name  # beside the baseline, not in its place
     given = Ranked(name, scored.rank, scored.top, float("nan"))
     report = tabulate(
         split, targets, protocol, [given, popular], [popular.system], item_columns=item_columns, users=users

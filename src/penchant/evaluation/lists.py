@@ -1,6 +1,7 @@
 """Recommendations from anywhere, as a table, scored by the same rules as our own.
 
-A table has USER, ITEM and RANK or SCORE (or both: RANK then decides). What cannot be judged is refused with a
+A table has USER, ITEM and RANK or SCORE (or both: RANK then decides, and lists whose scores say otherwise, as those
+that were made diverse, are counted). What cannot be judged is refused with a
 DataError: an unknown user or item, an item twice for one user, ranks that are not 1 to n, scores that are not
 finite. What can be judged is, and counted: a user without a list misses; a place that is missing misses; an item
 the user had before keeps its place and cannot hit; of items with equal scores the target comes last.
@@ -37,6 +38,7 @@ class Findings:
     repeats: int  # whose own item the user had before
     tied: int  # that share their score with another item of the list
     users_not_asked: int  # users of the table without a target
+    disagree: int  # users whose scores rise somewhere along their ranks
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -51,6 +53,7 @@ class Findings:
             (self.with_seen, f"lists {seen}"),
             (self.repeats, f"targets are repeats of an item the user has already; they {again}"),
             (self.tied, "targets share their score with other items of the list, and were put last among them"),
+            (self.disagree, "users' lists have a higher score at a lower place: their ranks count, not their scores"),
             (self.users_not_asked, "users of the table have no target, and were left out"),
         )
         return [f"{number:,} {text}" for number, text in lines if number]
@@ -138,13 +141,15 @@ def _codes(ids: pl.Series, names: list[str], where: str) -> NDArray[np.int64]:
 class _Lists:
     """All lists, flat: user u has ``item[start[u]:start[u + 1]]``, best first, equal scores by index.
 
-    ``place`` (from 1) is where an item stands at worst among its equals; ``tied`` whether it has any.
+    ``place`` (from 1) is where an item stands at worst among its equals; ``tied`` whether it has any;
+    ``disagree`` how many users' scores rise along their ranks.
     """
 
     start: NDArray[np.int64]
     item: NDArray[np.int64]
     place: NDArray[np.int64]
     tied: NDArray[np.bool_]
+    disagree: int = 0
 
     @classmethod
     def of(cls, frame: pl.DataFrame, log: EventLog, where: str) -> _Lists:
@@ -192,16 +197,12 @@ class _Lists:
                 where=f"{where}, user {frame[USER][int(order[wrong[0]])]}",
                 remedy="number each user's items from 1, without gaps, or leave the column out",
             )
+        disagree = 0
         if score is not None:
             score = score[order]
-            rising = np.flatnonzero((user[1:] == user[:-1]) & (score[1:] > score[:-1]))
-            if rising.size:
-                raise DataError(
-                    "rank and score disagree: a lower place has a higher score",
-                    where=f"{where}, user {frame[USER][int(order[rising[0]])]}",
-                    remedy="rank by falling score, or leave one of the columns out",
-                )
-        return cls(start, item, place, np.zeros(len(item), dtype=bool))
+            rising = (user[1:] == user[:-1]) & (score[1:] > score[:-1])
+            disagree = len(np.unique(user[1:][rising]))
+        return cls(start, item, place, np.zeros(len(item), dtype=bool), disagree)
 
     def score(self, targets: Targets, k: int, repeats: bool) -> Scored:
         log, n = targets.log, len(targets)
@@ -235,6 +236,7 @@ class _Lists:
             repeats=int(repeated.sum()),
             tied=int(self.tied[at[found]].sum()),
             users_not_asked=int((length > 0).sum() - (length[np.unique(user)] > 0).sum()),
+            disagree=self.disagree,
         )
         return Scored(rank, top, findings)
 

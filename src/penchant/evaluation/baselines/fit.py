@@ -139,7 +139,11 @@ def fit_baselines(
     if texts is not None and engine is not None and "llm" in wanted:
         first = retriever or max(fitted, key=lambda f: f.chosen.valid_ndcg).system
         likelihoods = zero_shot_likelihoods(engine, templates or Templates(None), texts)
-        tuned("llm", grids.llm, lambda config, left: ZeroShotLLM(likelihoods(config), first, config, counts, seen))
+        tuned(
+            "llm",
+            grids.llm,
+            lambda config, left: ZeroShotLLM(likelihoods(config), first, config, counts, seen, seen_last),
+        )
     return Baselines(tuple(fitted), tuple(notes))
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import rankdata
 
-from penchant.evaluation.ranking import Seen
+from penchant.evaluation.ranking import Seen, newest
 from penchant.evaluation.systems import Queries, System
 from penchant.interest.top import top_k
 from penchant.prompt import Templates
@@ -68,6 +68,7 @@ class ZeroShotLLM:
     config: ZeroShotConfig
     counts: NDArray[np.float32]
     seen: Seen = "mask"
+    seen_last: int | None = None
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ class ZeroShotLLM:
         order[np.isneginf(retrieved)] = -np.inf
         masked = order.copy()
         for i, history in enumerate(queries.history if self.seen == "mask" else []):
-            masked[i, history] = -np.inf
+            masked[i, newest(history, self.seen_last)] = -np.inf
         items, _ = top_k(masked, self.config.candidates)
         return order, [row[row >= 0] for row in items]
 
