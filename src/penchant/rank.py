@@ -255,6 +255,18 @@ class Ranker:
         """The same whatever the question is: titles that are generated are always asked for by likelihood."""
         return self.priors(items) if self.question == "likelihood" else self._fill(self._title_prior, items)
 
+    @property
+    def title_prior(self) -> NDArray[np.float64]:
+        """What ``title_priors`` knows by now, NaN where it was not asked, (n_items,)."""
+        return self.prior if self.question == "likelihood" else self._title_prior
+
+    @title_prior.setter
+    def title_prior(self, known: NDArray[np.float64]) -> None:
+        if self.question == "likelihood":
+            self.prior = known
+        else:
+            self._title_prior = known
+
     @cached_property
     def _title_prior(self) -> NDArray[np.float64]:
         return np.full(len(self._texts), np.nan)

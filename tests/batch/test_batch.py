@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import threading
 import time
@@ -316,3 +318,31 @@ def test_live_events_count_and_make_another_job(run_folder: Path, users: Path, t
     assert summary["run"].endswith("run-0002")
     assert summary["bad"] == 0, "whom an event made known is answered"
     assert "16" not in results(out).filter(pl.col("user_id") == "u1")["item_id"].to_list()
+
+
+def as_nfs(handle: Any, operation: int) -> None:
+    """flock as NFS has it: a shared lock needs a file open for reading, an exclusive one a file open for writing."""
+    if not (handle.readable() if operation & fcntl.LOCK_SH else handle.writable()):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+
+def test_parts_and_status_hold_locks_as_nfs_has_them(
+    model: Recommender, users: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penchant.batch.folder.fcntl.flock", as_nfs)
+    for part in ("1/2", "2/2"):
+        run(model, tmp_path / "recs", users, part=part, shard_rows=5, max_bad_share=0.2)
+    assert status(tmp_path / "recs")["state"] == "complete"
+
+
+def test_status_says_where_a_file_system_has_no_locks(
+    model: Recommender, users: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "recs", users, part="1/2", shard_rows=5, max_bad_share=0.2)
+
+    def without(handle: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("penchant.batch.folder.fcntl.flock", without)
+    with pytest.raises(StorageError, match="cannot tell whether a process is at work"):
+        status(tmp_path / "recs")

@@ -128,7 +128,7 @@ def test_a_worker_s_error_arrives_whole(real: Path, tmp_path: Path, monkeypatch:
     users = tmp_path / "users.parquet"
     users.write_bytes((real / "users.parquet").read_bytes())
     place = str(real / "local" / "run-0001")
-    actor = ShardActor(str(real / "run"), str(users), place)
+    actor = ShardActor(str(real / "run"), str(users), place, "stop")
     asked = {"shards": np.array(["[0, 1]"])}
     records: list[dict[str, Any]] = []
     hear(rows_of(actor(asked)), records.append)
@@ -136,7 +136,7 @@ def test_a_worker_s_error_arrives_whole(real: Path, tmp_path: Path, monkeypatch:
 
     shutil.copytree(real / "local" / "run-0001", tmp_path / "run-0001")
     (tmp_path / "run-0001" / "records" / "part-00001.json").unlink()
-    actor = ShardActor(str(real / "run"), str(users), str(tmp_path / "run-0001"))
+    actor = ShardActor(str(real / "run"), str(users), str(tmp_path / "run-0001"), "stop")
     pl.read_parquet(users).reverse().write_parquet(users)
     with pytest.raises(StorageError) as caught:
         hear(rows_of(actor(asked)), records.append)
@@ -147,4 +147,4 @@ def test_a_worker_s_error_arrives_whole(real: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     with pytest.raises(ConfigError, match="this worker would give other results: BLAS threads"):
-        hear(rows_of(ShardActor(str(real / "run"), str(users), place)(asked)), records.append)
+        hear(rows_of(ShardActor(str(real / "run"), str(users), place, "stop")(asked)), records.append)

@@ -84,6 +84,19 @@ def test_a_stop_between_pieces_is_gone_on_with(run_folder: Path, users: Path, tm
     assert not (out / "setup").exists()
 
 
+@pytest.mark.parametrize("question", ["likelihood", "choose", "yes_no"])
+def test_calibrated_titles_have_their_set_up_whatever_the_run_asks(
+    run_folder: Path, users: Path, tmp_path: Path, question: Any
+) -> None:
+    model, engine = opened(run_folder)
+    model.ranker.question = question
+    run(model, tmp_path / "recs", users, method="generate", calibration=1.0, **HOW)
+    assert engine.alone == [5, 5, 5, 1], "in pieces, and not again by the first shard"
+    kept = np.load(tmp_path / "recs" / "run-0001" / "prior.npy")
+    assert np.isfinite(kept).all()
+    assert (kept < 0).all()
+
+
 def test_a_kill_costs_the_piece_in_hand_and_a_torn_piece_is_scored_again(
     run_folder: Path, users: Path, tmp_path: Path
 ) -> None:

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +44,41 @@ def folder(tmp_path: Path) -> Path:
 
 def rows(source: ParquetSource, *ranges: range) -> list[list[str]]:
     return [part["user_id"].to_list() for part in source.read(ranges)]
+
+
+class Remembering(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """Local files behind a cache of listings, as many remote file systems keep one."""
+
+    protocol = "remembering"
+    local = LocalFileSystem()
+
+    def ls(self, path: str, detail: bool = True, **more: Any) -> list[Any]:
+        if path not in self.dircache:
+            self.dircache[path] = self.local.ls(path, detail=True)
+        return self.dircache[path] if detail else [one["name"] for one in self.dircache[path]]
+
+    def info(self, path: str, **more: Any) -> Any:
+        known = [one for one in self._ls_from_cache(path) or [] if one["name"] == path]
+        return known[0] if known else self.local.info(path)
+
+    def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        return self.local.open(path, mode)
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.clear()
+
+
+def test_a_file_system_that_remembers_is_asked_anew(folder: Path) -> None:
+    fsspec.register_implementation("remembering", Remembering, clobber=True)
+    url = f"remembering://{folder}"
+    source = ParquetSource(url, ["user_id"])
+    assert source.rows == N
+    source.unchanged()
+    frame(20).reverse().write_parquet(folder / "a.parquet")
+    with pytest.raises(StorageError, match="changed or replaced"):
+        source.unchanged()
+    frame(3).write_parquet(folder / "d.parquet")
+    assert ParquetSource(url, ["user_id"]).rows == N + 3
 
 
 @settings(max_examples=60)

@@ -85,6 +85,7 @@ def test_vectors_and_pairs(penchant: Call, ready: Any, users: Path, tmp_path: Pa
         (["RUN", "--users", "USERS", "--out", "USERS"], "cannot be written there"),
         (["RUN", "--users", "", "--out", "OUT"], "an empty path"),
         (["RUN", "--embed", "items", "--items", "", "--out", "OUT"], "an empty path"),
+        (["RUN", "--users", "USERS", "--out", "OUT", "--workers", "2"], "--workers means nothing beside the local"),
         (["RUN", "--users", "USERS", "--dry-run", "--shard", "1/2"], "--shard means nothing beside --dry-run"),
         (["RUN", "--users", "USERS", "--dry-run", "--runner", "ray"], "--runner means nothing beside --dry-run"),
         (["RUN", "--users", "USERS", "--dry-run", "--workers", "2"], "--workers means nothing beside --dry-run"),

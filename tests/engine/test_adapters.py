@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests import tiny
+from transformers import AutoModelForCausalLM
 
 from penchant.engine.adapters import check_request, merged_folder
 from penchant.engine.folders import fingerprint_of
@@ -197,3 +201,50 @@ def test_room_for_adapters() -> None:
     assert [lora_room(rank) for rank in (1, 8, 9, 300, 512)] == [8, 8, 16, 320, 512]
     with pytest.raises(ConfigError, match="512 at most"):
         lora_room(513)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # peft's own
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_an_adapter_outside_the_layers_is_refused_and_not_lost(byte_folder: Path, tmp_path: Path, kind: Any) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(byte_folder, dtype=torch.float32)
+    made = get_peft_model(plain, kind(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if "prompt" in name:
+                weight.normal_(std=2)
+    made.save_pretrained(tmp_path / "soft")
+    for load in (
+        lambda: load_engine(byte_folder, tmp_path / "soft", dtype="float32", device="cpu"),
+        lambda: merged_folder(byte_folder, tmp_path / "soft", "float32"),
+    ):
+        with pytest.raises(ModelError, match="outside the model's own layers"):
+            load()
+
+
+def test_an_adapter_of_a_shared_matrix_is_served_and_not_merged(byte_folder: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's own about tied weights
+        adapter = tiny.save_adapter(byte_folder, tmp_path / "a", target_modules=["q_proj", "lm_head"])
+    served = load_engine(byte_folder, adapter, dtype="float32", device="cpu").score(["x"], [["ab", "cd"]])[0]
+    plain = load_engine(byte_folder, dtype="float32", device="cpu").score(["x"], [["ab", "cd"]])[0]
+    assert not np.allclose(served, plain)
+    with pytest.raises(ModelError, match=r"(?s)does not fit this model.*tie"):
+        merged_folder(byte_folder, adapter, "float32")
+
+
+def test_an_adapter_of_a_newer_peft_says_so(byte_folder: Path, tmp_path: Path) -> None:
+    path = tiny.save_adapter(byte_folder, tmp_path / "a") / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"of_the_future": None}))
+    with pytest.raises(ModelError, match="upgrade peft"):
+        load_engine(byte_folder, tmp_path / "a", dtype="float32", device="cpu")
+
+
+def test_a_base_that_lacks_weights_is_not_merged(byte_folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(byte_folder, base)
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {n: w for n, w in weights.items() if "0.mlp.down_proj" not in n}, base / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ModelError, match="they would be random"):
+        merged_folder(base, tiny.save_adapter(byte_folder, tmp_path / "a"), "float32")

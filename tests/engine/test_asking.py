@@ -13,7 +13,7 @@ from tests.engine.blocks import Blocks, logprob
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.asking import MOST_CHILDREN, Known
 from penchant.engine.base import Generation
-from penchant.engine.search import BestFirst
+from penchant.engine.search import Beams, BestFirst
 
 sequences = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=9), min_size=1, max_size=12)
 
@@ -112,3 +112,18 @@ def test_the_chain_of_a_title_is_one_request() -> None:
     assert known.complete(after)
     assert not np.isnan(known.edges()[after:]).all()
     assert len(blocks.asks) == 2
+
+
+@pytest.mark.parametrize(
+    ("allowed", "bonus"),
+    [([True, False, True], None), ([True, False, False], [-0.5, 0.0, 0.0])],
+)
+def test_beams_end_where_an_item_begins_one_that_is_hidden(allowed: list[bool], bonus: list[float] | None) -> None:
+    trie = CatalogTrie.build([[1], [1, 2], [3]])
+    search = Beams(trie, 2, 1, np.array(allowed), None if bonus is None else np.array(bonus))
+    for _ in range(5):
+        nodes = search.take(8)
+        for node in nodes:
+            search.feed(node, np.full(len(trie.children(node)), -1.0))
+    assert nodes == []
+    assert 0 in [one.item for one in search.result()]

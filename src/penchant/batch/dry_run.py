@@ -14,7 +14,7 @@ from penchant.batch.asked import asked
 from penchant.batch.identity import identity_of
 from penchant.batch.options import BatchOptions
 from penchant.batch.quarantine import faults, reasons
-from penchant.batch.setup import needs_prior
+from penchant.batch.setup import needs_prior, prior_of
 from penchant.batch.shards import Shards
 from penchant.batch.worker import Worker
 from penchant.recommend import Recommender
@@ -47,7 +47,7 @@ def dry_run(
     parts = [part for part in parts if len(part)]
     prior = 0
     if needs_prior(job.model, job.options):
-        prior = sum(map(len, job.model.ranker.tokens(np.flatnonzero(np.isnan(job.model.ranker.prior)))))
+        prior = sum(map(len, job.model.ranker.tokens(np.flatnonzero(np.isnan(prior_of(job.model, job.options))))))
     prepared = []
     begun = time.perf_counter()
     for part, frame in zip(parts, job.source.read(parts), strict=True):

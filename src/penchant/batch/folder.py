@@ -182,9 +182,12 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def _flock(
-    path: Path, *, shared: bool = False, wait: Callable[[], bool] | None = None, mode: str = "a"
+    path: Path, *, shared: bool = False, wait: Callable[[], bool] | None = None, mode: str = "a+"
 ) -> Iterator[IO[str]]:
-    """The lock, waited for where ``wait`` is given, until that says to stop."""
+    """The lock, waited for where ``wait`` is given, until that says to stop.
+
+    NFS makes it one of byte ranges: a shared one then needs a file open for reading, an exclusive one for writing.
+    """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with path.open(mode, encoding="utf-8") as handle:
         for tries in count():
@@ -210,10 +213,17 @@ def held(path: Path) -> bool:
     for lock in [path / "lock", *path.glob("lock.*-of-*")]:
         if lock.is_file():
             try:
-                with _flock(lock, mode="r"):  # who may not write there may still ask
+                # Who may not write there may still ask; what is at work holds one of these exclusively.
+                with _flock(lock, shared=True, mode="r"):
                     pass
             except StorageError:
                 return True
+            except OSError as error:
+                raise StorageError(
+                    f"cannot tell whether a process is at work there ({error})",
+                    where=str(lock),
+                    remedy="ask on a file system that has locks, or look at progress.json in the newest run",
+                ) from error
     return False
 
 

@@ -18,7 +18,7 @@ from penchant.batch.local import run_local
 from penchant.batch.options import BatchOptions
 from penchant.batch.progress import Progress, cached_share, totals
 from penchant.batch.ray import run_ray
-from penchant.batch.setup import SETUP, needs_prior, pieces_done, score_pieces
+from penchant.batch.setup import SETUP, needs_prior, pieces_done, prior_of, score_pieces
 from penchant.batch.shards import QUARANTINE, Record, Shards
 from penchant.batch.worker import Worker, save_fixed
 from penchant.engine.threads import threads
@@ -108,7 +108,15 @@ def run(
                 _check_share(kept, job.source.rows, max_bad_share, path)
                 if todo and runner == "ray":
                     run_ray(
-                        job, path, shards, todo, workers=workers, gpus=worker_gpus, done=done, stopped=stopping.is_set
+                        job,
+                        path,
+                        shards,
+                        todo,
+                        part=own,
+                        workers=workers,
+                        gpus=worker_gpus,
+                        done=done,
+                        stopped=stopping.is_set,
                     )
                     shards.sweep(todo)  # a worker that died left its temporary files; none is alive any more
                 elif todo and not stopping.is_set():
@@ -142,7 +150,7 @@ def _make(
     took: dict[str, Any] | None = None
     if needs_prior(job.model, job.options):
         took = score_pieces(
-            folder.path / SETUP, job.model, identity, stopped=stopped, tell=tell or (lambda numbers: None)
+            folder.path / SETUP, job.model, job.options, identity, stopped=stopped, tell=tell or (lambda numbers: None)
         )
         close = getattr(job.model.engine, "close", None)
         if runner == "ray" and close is not None:
@@ -158,7 +166,7 @@ def _make(
             "rows": job.source.rows,
             "shard_rows": job.options.rows,
             "threads": threads(),
-            "files": save_fixed(stage, repeated, None if took is None else job.model.ranker.prior),
+            "files": save_fixed(stage, repeated, None if took is None else prior_of(job.model, job.options)),
         }
 
     return folder.create(identity, fill)

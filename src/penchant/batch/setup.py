@@ -35,15 +35,29 @@ def needs_prior(model: Recommender, options: BatchOptions) -> bool:
     return fused and (options.job == "score" or model.fusion.weight > 0)
 
 
+def prior_of(model: Recommender, options: BatchOptions) -> NDArray[np.float64]:
+    """What is known of the likelihood without history that this job needs, NaN where it was not asked, (n_items,)."""
+    return model.ranker.title_prior if options.method == "generate" else model.ranker.prior
+
+
+def take_prior(model: Recommender, options: BatchOptions, prior: NDArray[np.float64]) -> None:
+    """Let the model know what ``prior_of`` gave where the run was made."""
+    if options.method == "generate":
+        model.ranker.title_prior = prior
+    else:
+        model.ranker.prior = prior
+
+
 def score_pieces(
     folder: Path,
     model: Recommender,
+    options: BatchOptions,
     identity: Identity,
     *,
     stopped: Callable[[], bool],
     tell: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Fill the model's ``ranker.prior``, from the pieces of the same job in ``folder`` where they are there; what it
+    """Fill what ``prior_of`` gives, from the pieces of the same job in ``folder`` where they are there; what it
     took, pieces of earlier processes included.
 
     Once ``stopped`` says so, no other piece is begun. ``tell`` is given the numbers after each piece: items and
@@ -69,10 +83,10 @@ def score_pieces(
         path = folder / f"{key}-{start // _PIECE:05d}.json"
         piece = unsealed(path)
         if piece is None:
-            piece = _scored(model, items)
+            piece = _scored(model, options, items)
             write_json(path, sealed(piece))
         else:
-            model.ranker.prior[items] = piece["prior"]
+            prior_of(model, options)[items] = piece["prior"]
         numbers["items_done"] += len(items)
         for name in ("tokens_asked", "tokens_run", "seconds"):
             numbers[name] += piece[name]
@@ -87,11 +101,11 @@ def pieces_done(folder: Path) -> tuple[int, int] | None:
     return (sum(len(piece["prior"]) for piece in found), found[-1]["items"]) if found else None
 
 
-def _scored(model: Recommender, items: NDArray[np.int64]) -> Record:
+def _scored(model: Recommender, options: BatchOptions, items: NDArray[np.int64]) -> Record:
     engine = model.engine
     before, begun = getattr(engine, "tokens_run", 0), time.perf_counter()
-    missing = items[np.isnan(model.ranker.prior[items])]
-    prior = model.ranker.priors(items)
+    missing = items[np.isnan(prior_of(model, options)[items])]
+    prior = model.ranker.title_priors(items) if options.method == "generate" else model.ranker.priors(items)
     prompt = model.ranker.prompt(np.zeros(0, dtype=np.int32)).n_tokens or 0
     return {
         "prior": prior.tolist(),

@@ -96,6 +96,7 @@ class ParquetSource:
         self._columns = (*columns, *optional)
         with _readable(url):
             self._fs, self._root = fsspec.core.url_to_fs(url)
+            self._fs.invalidate_cache()  # an instance is shared, and may keep an older listing
             self._files = [self._open_file(path, self._root, columns, optional) for path in self._paths(self._root)]
         if not self._files:
             raise DataError("no Parquet file there", where=url, remedy="give a .parquet file, a folder or a glob")
@@ -128,6 +129,7 @@ class ParquetSource:
         return folder.resolve().is_relative_to(Path(_base(self._root)).resolve())
 
     def _stamp(self, path: str) -> tuple[object, ...]:
+        self._fs.invalidate_cache(path)
         info = self._fs.info(path)
         return tuple(info.get(key) for key in ("size", "mtime", "ino", "ETag", "etag", "LastModified", "updated"))
 

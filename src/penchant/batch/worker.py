@@ -14,6 +14,7 @@ from penchant.batch.answers import Answered, Answerer
 from penchant.batch.identity import Identity, model_hash
 from penchant.batch.options import BatchOptions
 from penchant.batch.rows import Prepared, Preparer
+from penchant.batch.setup import take_prior
 from penchant.errors import ModelError, PenchantError, StorageError
 from penchant.files import save_array, sha256_file
 from penchant.recommend import Recommender
@@ -39,7 +40,7 @@ class Worker:
                     "is missing or altered", where=str(run / name), remedy="delete the run's folder and start again"
                 )
         if PRIOR in manifest["files"]:
-            model.ranker.prior = np.load(run / PRIOR, allow_pickle=False)
+            take_prior(model, options, np.load(run / PRIOR, allow_pickle=False))
         return cls(model, options, manifest["identity"], np.load(run / DUPLICATES, allow_pickle=False))
 
     def prepare(self, shard: int, start: int, frame: pl.DataFrame) -> Prepared:

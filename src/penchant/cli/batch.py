@@ -102,6 +102,8 @@ def batch_command(
         return
     if out is None:
         raise ConfigError("no folder to write to", where="batch", remedy="give --out FOLDER, or --dry-run")
+    if runner == "local":
+        _none_given(context, "the local runner", "workers", "worker_gpus")
     summary = work(
         run,
         out,

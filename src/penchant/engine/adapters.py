@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from penchant.adapter_card import read_card
 from penchant.engine.folders import fingerprint_of
+from penchant.engine.weights import load_tokenizer, load_weights
 from penchant.errors import ModelError
 from penchant.fetch import cache_folder
 from penchant.files import read_json, sha256_text, staged_folder
@@ -33,19 +34,25 @@ _PLAIN_BEGINNINGS = ("gaussian", "orthogonal", "eva")
 _WEIGHT = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
-def with_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> Any:
-    """The model with a peft adapter on it, a PeftModel; one that changes no logit (saved empty) is refused."""
+def with_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False, merging: bool = False) -> Any:
+    """The model with a peft adapter on it, a PeftModel.
+
+    Refused are one that changes no logit (saved empty), one that works outside the model's own layers (soft prompts),
+    which no engine runs, and for ``merging`` one on a matrix that two layers share: merged, it would change both.
+    """
     _require_files(folder)
     try:
         with warnings.catch_warnings():
             # peft only warns of keys that fit nothing
             warnings.simplefilter("error", UserWarning)
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            if not merging:
+                warnings.filterwarnings("ignore", "(?s).*tie_word_embeddings", UserWarning)
             wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning, SafetensorError) as error:
-        raise ModelError(
-            f"does not fit this model: {error}", where=str(folder), remedy="use the adapter's own base model"
-        ) from error
+        newer = "Unexpected keyword arguments" in str(error)
+        remedy = "upgrade peft: a newer one saved it" if newer else "use the adapter's own base model"
+        raise ModelError(f"does not fit this model: {error}", where=str(folder), remedy=remedy) from error
     wrapped.eval()
     size = int(model.get_input_embeddings().weight.shape[0])
     ids = torch.arange(1, 33, device=model.device).remainder(size).unsqueeze(0)
@@ -53,11 +60,18 @@ def with_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
         adapted = wrapped(input_ids=ids, use_cache=False).logits
         with wrapped.disable_adapter():
             plain = wrapped(input_ids=ids, use_cache=False).logits
+        served = wrapped.get_base_model()(input_ids=ids, use_cache=False).logits
     if torch.equal(adapted, plain):
         raise ModelError(
             "loading this adapter changes no logit: it is empty or was trained on another model",
             where=str(folder),
             remedy="look at how it was saved; an adapter that learnt something is not all zeros",
+        )
+    if served.shape != adapted.shape or not torch.allclose(served, adapted, rtol=1e-2, atol=1e-2):
+        raise ModelError(
+            f"works outside the model's own layers ({wrapped.active_peft_config.peft_type.value}), and would be lost",
+            where=str(folder),
+            remedy="give an adapter of the layers themselves: LoRA, DoRA, IA3 and the like",
         )
     return wrapped
 
@@ -67,10 +81,8 @@ def merged_model(base: Path, adapter: Path, dtype: torch.dtype) -> PreTrainedMod
 
     Into quantised or rounded weights much of the adapter would be lost.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
-    merged: PreTrainedModel = with_adapter(model, adapter).merge_and_unload(safe_merge=True).to(dtype)
+    wrapped = with_adapter(load_weights(base, torch.float32), adapter, merging=True)
+    merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True).to(dtype)
     return merged
 
 
@@ -81,7 +93,7 @@ def merged_folder(base: Path, adapter: Path, dtype: str) -> Path:
     if not out.is_dir():
         with staged_folder(out) as stage:
             merged_model(base, adapter, getattr(torch, dtype)).save_pretrained(stage)
-            AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(stage)
+            load_tokenizer(base).save_pretrained(stage)
     return out
 
 

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 
 from penchant.engine.adapters import merged_folder, require_own_base, with_adapter
 from penchant.engine.device import DType, resolve_device, resolve_dtype, warn_of_emulation
 from penchant.engine.folders import fingerprint_of, require_weights, resolve_adapter, resolve_model
-from penchant.errors import ConfigError, ModelError
+from penchant.engine.weights import load_tokenizer, load_weights, not_loaded
+from penchant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from penchant.engine.transformers import TransformersEngine
     from penchant.engine.vllm import VllmEngine
     from penchant.engine.vllm_options import VllmOptions
@@ -122,7 +121,7 @@ def _load_vllm(
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     except Exception as error:  # as below
-        raise _not_loaded(folder, error) from error
+        raise not_loaded(folder, error) from error
     tokenizer = load_tokenizer(folder)
     numbers = _vllm_dtype(dtype, chosen)
     quantised = "" if chosen.quantization is None else f"/{chosen.quantization}"
@@ -151,44 +150,6 @@ def _vllm_dtype(dtype: DType, options: VllmOptions) -> str:
     return resolve_dtype(dtype, torch.device("cpu"))
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer; ModelError where it can't be read."""
-    try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises no less, and malformed JSON ends in errors of any type
-        raise _not_loaded(folder, error) from error
-    return found
-
-
-def load_weights(folder: Path, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
-    """The folder's causal language model, from safetensors alone; ModelError where it can't be read or lacks weights.
-
-    ``more`` goes to ``from_pretrained``: a quantisation, say.
-    """
-    require_weights(folder)
-    try:
-        loaded: PreTrainedModel
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **more,
-        )
-    except Exception as error:  # as above
-        raise _not_loaded(folder, error) from error
-    if found["missing_keys"]:
-        names = sorted(found["missing_keys"])
-        raise ModelError(
-            f"lacks {len(names)} of the model's weights, such as {names[0]}; they would be random",
-            where=str(folder),
-            remedy="config.json and the weights must be of one causal language model: fetch or save it again",
-        )
-    return loaded
-
-
 def move(model: Any, where: torch.device) -> Any:
     """The model on that device; ConfigError where it can't be there."""
     try:
@@ -197,14 +158,6 @@ def move(model: Any, where: torch.device) -> Any:
         raise ConfigError(
             f"cannot move the model to device {str(where)!r}: {error}", remedy="use auto, cpu or cuda"
         ) from error
-
-
-def _not_loaded(folder: Path, error: Exception) -> ModelError:
-    return ModelError(
-        f"cannot be loaded as a causal language model: {error}",
-        where=str(folder),
-        remedy="the folder needs config.json, safetensors weights and a tokenizer, all of one model",
-    )
 
 
 def describe_model(folder: Path) -> dict[str, int]:

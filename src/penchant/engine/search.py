@@ -195,7 +195,8 @@ class Beams:
         for place, (total, node) in enumerate(best):
             if trie.n_ending[node] and place < self._width:
                 found.offer_ending(node, total)
-            if trie.end[node] > node + 1 and len(self._beams) < self._width:
+            below = trie.end[node] > node + 1 and found.bonus_beyond(node) > -np.inf
+            if below and len(self._beams) < self._width:
                 found.logprob[node] = total
                 self._beams.append(node)
         if self._beams and len(found.best) >= min(self._width, found.k) and found.bar >= found.logprob[self._beams[0]]:

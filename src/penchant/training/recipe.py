@@ -16,7 +16,7 @@ from penchant.data.provenance import Own, check_rows
 from penchant.data.split import Split
 from penchant.engine.device import resolve_device, resolve_dtype
 from penchant.engine.folders import fingerprint_of, resolve_model
-from penchant.engine.loading import load_tokenizer
+from penchant.engine.weights import load_tokenizer
 from penchant.errors import ConfigError
 from penchant.files import sha256_file, sha256_text
 from penchant.interest.vectors import default_layer, item_vectors

@@ -17,7 +17,8 @@ from penchant.engine.adapters import require_own_base, with_adapter
 from penchant.engine.blocks import States, lists_of
 from penchant.engine.device import resolve_device, resolve_dtype, warn_of_emulation
 from penchant.engine.folders import resolve_adapter, resolve_model
-from penchant.engine.loading import load_weights, move
+from penchant.engine.loading import move
+from penchant.engine.weights import load_weights
 from penchant.errors import ConfigError, ModelError
 from penchant.interest.vectors import default_layer
 from penchant.training.batch import Batch
