@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from penchant.adapter_card import CARD, check_data, described
+from penchant.adapter_card import CARD, ancestors_of, check_data, described
 from penchant.errors import ConfigError
 from penchant.files import write_json
 
@@ -71,3 +73,40 @@ def test_how_an_adapter_was_trained_is_told_from_its_first_recipe_on(tmp_path: P
     assert described({"adapter": None}) == described(None) == "its card does not say how it was trained"
     write_json(Path(first) / CARD, {"recipe": "choose", "config": {"start_from": first}})
     assert described({"adapter": first}).count("choose") == 10  # a card that names itself ends too
+
+
+def test_a_card_says_itself_what_its_adapter_went_on_from(tmp_path: Path) -> None:
+    """Folders are moved, deleted and trained again: what was learnt is not unlearnt by that."""
+    base, first, foreign = tmp_path / "base", tmp_path / "first", tmp_path / "foreign"
+    trained(base, "d", NONE_HELD)
+    trained(first, "d", NONE_HELD)
+    foreign.mkdir()
+    assert ancestors_of(None, tmp_path / "plain") == []
+    assert [(one["at"], one["known"]) for one in ancestors_of(foreign, base)] == [
+        (str(foreign), False),
+        (str(base), True),
+    ]
+    for start, said in ((first, "another split"), (foreign, None)):
+        second = tmp_path / f"after-{start.name}"
+        trained(second, "d", LAST, start_from="runs/relative", model="smollm2-135m")
+        card = json.loads((second / CARD).read_text()) | {"ancestors": ancestors_of(start, tmp_path / "plain")}
+        write_json(second / CARD, card)
+        third = tmp_path / f"third-{start.name}"
+        trained(third, "d", LAST)
+        card = json.loads((third / CARD).read_text()) | {"ancestors": ancestors_of(second, tmp_path / "plain")}
+        write_json(third / CARD, card)
+        shutil.rmtree(start)
+        shutil.rmtree(second)
+        source = {"model": "smollm2-135m", "adapter": str(third)}
+        if said is None:
+            (note,) = check_data(source, "d", LAST)
+            assert note == f"what training went on from, {start} does not say what it was trained on; {UNKNOWN}"
+        else:
+            with pytest.raises(ConfigError, match=said):
+                check_data(source, "d", LAST)
+
+
+def test_an_older_card_whose_beginning_cannot_be_found_says_so(tmp_path: Path) -> None:
+    adapter = trained(tmp_path / "a", "d", LAST, start_from="runs/gone", model="smollm2-135m")
+    (note,) = check_data({"model": "smollm2-135m", "adapter": adapter}, "d", LAST)
+    assert "went on from, runs/gone does not say" in note

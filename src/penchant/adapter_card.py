@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,27 +87,54 @@ def check_data(source: dict[str, Any] | None, data: str, split: dict[str, Any]) 
     ConfigError where the data are the same and the split is not: what is held out here may have been learnt.
     """
     source = source or {}
-    adapter, unknown = source.get("adapter"), "what of it is in these targets can't be known"
-    notes = []
-    if adapter is not None and read_card(adapter) is None:
-        notes.append(f"the adapter {adapter} does not say what it was trained on; {unknown}")
+    adapter, model = source.get("adapter"), source.get("model")
+    unknown, notes = "what of it is in these targets can't be known", list[str]()
     # A merged or wholly trained model has the card in its own folder.
-    waiting, seen = [adapter, source.get("model")], set[str]()
-    while waiting:
-        folder = waiting.pop(0)
-        card = None if str(folder) in seen else read_card(folder)
-        seen.add(str(folder))  # a model that was trained on into its own folder names itself
-        if card is None:
-            continue
-        if card.get("data") != data:
+    for trained in _lineage([adapter, model], silent=[model]):
+        folder = trained["at"]
+        if not trained["known"]:
+            what = "the adapter" if folder == str(adapter) else "what training went on from,"
+            notes.append(f"{what} {folder} does not say what it was trained on; {unknown}")
+        elif trained["data"] != data:
             notes.append(f"{folder} was trained on other data; {unknown}")
-        elif card.get("split") != split:
+        elif trained["split"] != split:
             raise ConfigError(
-                f"was trained on the same data under another split ({card.get('split')}; here it is {split}), and may "
+                f"was trained on the same data under another split ({trained['split']}; here it is {split}), and may "
                 "have learnt what is held out here",
-                where=str(folder),
+                where=folder,
                 remedy="train it again with this split, or evaluate a run that was fitted with its own",
             )
-        config = card.get("config") or {}
-        waiting += [config.get("start_from"), config.get("model")]  # what it went on from
-    return notes
+    return list(dict.fromkeys(notes))
+
+
+def ancestors_of(start_from: Path | None, base: Path) -> list[dict[str, Any]]:
+    """What training goes on from, for its card: the adapter ``start_from`` and the base where that was trained too, and
+    what these went on from. A card cannot rely on their folders: they may be moved, deleted or trained again.
+    """
+    return list(_lineage([start_from, base], silent=[base]))
+
+
+def _lineage(folders: Sequence[str | Path | None], silent: Sequence[str | Path | None]) -> Iterator[dict[str, Any]]:
+    """The trained ones of these folders, and what each went on from: at (its folder), known (whether a card says on
+    what it was trained), data and split. Those of ``silent`` may be without a card: a plain base was trained on nothing
+    of ours.
+    """
+    waiting, seen = list(folders), {"None"}
+    bare = {str(folder) for folder in silent}
+    while waiting:
+        folder = str(waiting.pop(0))
+        if folder in seen:
+            continue
+        seen.add(folder)  # a model that was trained on into its own folder names itself
+        card = read_card(folder)
+        if card is None:
+            if folder not in bare:
+                yield {"at": folder, "known": False, "data": None, "split": None}
+            continue
+        yield {"at": folder, "known": True, "data": card.get("data"), "split": card.get("split")}
+        if "ancestors" in card:
+            yield from card["ancestors"]
+            continue
+        config = card.get("config") or {}  # an older card: it only names them
+        waiting += [config.get("start_from"), config.get("model")]
+        bare.add(str(config.get("model")))

@@ -322,6 +322,9 @@ def scripted(scores: list[float], kept: list[dict[str, torch.Tensor]]) -> Callab
         ([0.5, 0.5, 0.5, 0.5, 0.5], 3, 1, 4),  # no better is not better
         ([0.0, 0.0, 0.0, 0.0, 0.1], 9, 5, 5),
         ([0.3, 0.2, 0.1, 0.0, 0.0], 1, 1, 2),
+        ([0.3, 0.0, 0.0, 0.0, 0.0], 3, 1, 4),
+        ([0.0, 0.0, 0.0, 0.0, 0.0], 2, 5, 5),  # while nothing is found the newest has learnt most
+        ([0.0, 0.0, 0.2, 0.0, 0.0], 2, 3, 5),
     ],
 )
 def test_training_stops_by_patience_and_keeps_the_best_epoch(

@@ -226,6 +226,20 @@ def test_the_sampled_sum_is_the_whole_sum_in_the_mean(sampling: str, hard: int) 
     np.testing.assert_allclose(mean.numpy(), whole.numpy(), rtol=0.15)
 
 
+def test_hard_negatives_are_of_no_part_of_the_catalogue_more_than_of_another() -> None:
+    """Each of six states has one best item and a next; of the twelve found any six are taken, the last ones too."""
+    chosen = config(use_text=False, loss="sampled", negatives=4, hard_negatives=6)
+    _encoder, objective, items = made(chosen)
+    states = some_targets().states
+    best = {int(i) for i in (states @ items.T).topk(2, dim=1).indices.flatten()}
+    torch.manual_seed(0)
+    taken = [set(objective._hard(states, items).tolist()) for _ in range(200)]
+    assert {len(one) for one in taken} == {min(6, len(best))}
+    assert set.union(*taken) == best
+    share = {item: np.mean([item in one for one in taken]) for item in best}
+    assert max(share.values()) - min(share.values()) < 0.25
+
+
 def test_with_many_negatives_the_sampled_loss_is_the_full_one() -> None:
     chosen = config(use_text=False, loss="sampled", negatives=200_000)
     _encoder, objective, items = made(chosen)
@@ -448,6 +462,11 @@ def test_columns_by_hand() -> None:
 def test_a_column_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="'place' is no column"):
         Columns.fit(events(device=["a"]), config(inputs=("place",)))
+
+
+def test_a_column_may_be_called_count() -> None:
+    columns = Columns.fit(events(count=["few", "many", "many"]), config(inputs=("count",)))
+    assert columns.columns[0].values == ["many", "few"]
     with pytest.raises(ConfigError, match="'rating' is no column"):
         Columns.fit(events(device=["a"]), config(loss="mse"))
 

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from scipy.stats import chisquare
-from tests.training.helpers import settings
+from tests.conftest import toy_frames
+from tests.training.helpers import corpus_of, settings
 
+from penchant.data.dataset import Dataset
 from penchant.errors import ConfigError, DataError
 from penchant.rank import letters
 from penchant.training.candidates import Candidates
 from penchant.training.choose import choose_row, choose_rows, newest_targets, valid_rows
 from penchant.training.config import ChooseConfig
 from penchant.training.corpus import Corpus
+from penchant.training.rows import Row
 
 
 class Fixed:
@@ -146,3 +149,24 @@ def test_a_prompt_whose_candidates_alone_are_too_long_is_refused(corpus: Corpus,
     candidates = np.array([int(corpus.split.log.item[position]), 1, 2, 3])
     with pytest.raises(DataError, match="over the budget"):
         choose_row(corpus, config(byte_folder, prompt_tokens=60), position, candidates)
+
+
+def test_no_wrong_answer_has_the_right_one_s_text(
+    byte_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interactions, items = toy_frames()
+    twins = items.with_columns(title=items["title"].gather([i // 2 * 2 for i in range(len(items))]))
+    corpus = corpus_of(Dataset.read(interactions, twins.drop("genres", "year")), byte_folder, prompts)
+    seen: list[tuple[str, list[str]]] = []
+
+    def row(corpus: Corpus, config: ChooseConfig, position: int, candidates: Any, **more: Any) -> Row:
+        target = corpus.texts[int(corpus.split.log.item[position])]
+        seen.append((target, [corpus.texts[int(c)] for c in candidates]))
+        return choose_row(corpus, config, position, candidates, **more)
+
+    monkeypatch.setattr("penchant.training.choose.choose_row", row)
+    retriever: Any = Fixed(corpus)
+    assert list(choose_rows(corpus, config(byte_folder, letters=12), retriever))
+    assert valid_rows(corpus, config(byte_folder, letters=12), retriever, 9)
+    assert all(texts.count(target) == 1 for target, texts in seen)
+    assert any(len(texts) > 2 for _, texts in seen)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
-from tests.training.helpers import losses_of, settings, steps_of
+from tests.training.helpers import lora, losses_of, settings, steps_of
 from tests.training.test_yes_no import entry
 
 from penchant.adapter_card import check_templates, read_card
@@ -31,7 +31,7 @@ from penchant.training.checkpoints import checkpoints, load_checkpoint
 from penchant.training.config import ChooseConfig, ContrastiveConfig, NextItemConfig, PreferenceConfig, YesNoConfig
 from penchant.training.merge import merge
 from penchant.training.recipe import Recipe
-from penchant.training.recipes import finetune
+from penchant.training.recipes import cut, finetune
 from penchant.training.student import Student, load_student
 
 # -- adapters that say nothing, or something else --------------------------------------------------
@@ -523,3 +523,39 @@ def test_validation_does_not_disturb_training(toy: Dataset, byte_folder: Path, t
     finetune("next_item", settings(byte_folder, eval_every=99, **noise), toy, tmp_path / "once")
     assert losses_of(tmp_path / "often") == losses_of(tmp_path / "once")
     assert len(steps_of(tmp_path / "often", "validation")) == 6
+
+
+def test_held_out_rows_beyond_the_context_are_refused_too(toy: Dataset, tmp_path: Path) -> None:
+    """Windows of two events fit, whole histories do not: their loss would be measured where the model knows nothing."""
+    folder = tiny.save_model(tmp_path / "short", "byte", max_positions=64)
+    config = settings(folder, window=2, max_history=40, prompt_tokens=700)
+    with pytest.raises(ConfigError, match="a row reaches 98 tokens, and the model's context only 64"):
+        Recipe("next_item", config, cut(toy, config)).task()
+    # Cut to prompt_tokens as a prompt would be; of 87 tokens, with rivals in branches, none stands past the 64th.
+    rivals = settings(folder, PreferenceConfig, window=2, max_history=40, prompt_tokens=50)
+    task = Recipe("preference", rivals, cut(toy, rivals)).task()
+    assert max(len(row) for row in task.valid) > 64
+    assert max(row.position.max() for row in task.valid) < 64
+
+
+def test_a_row_that_reaches_past_a_sliding_window_is_refused(toy: Dataset, byte_folder: Path, tmp_path: Path) -> None:
+    """Our mask lets a token see all before it, which such a model never does."""
+    folder = tmp_path / "sliding"
+    shutil.copytree(byte_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 24}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="the model's context only 24"):
+        finetune("next_item", settings(folder, max_steps=1), toy, tmp_path / "out")
+
+
+def test_the_reference_has_no_dropout_and_lets_nothing_learn_anew(byte_folder: Path) -> None:
+    student = load_student(settings(byte_folder, lora=lora(dropout=0.5)))
+    frozen, learning = list(student.trainable())[:2]
+    student.trainable()[frozen].requires_grad_(False)
+    student.train()
+    with student.adapter_off():
+        assert not any(module.training for module in student.modules())
+    assert student.training
+    assert frozen not in student.trainable()
+    assert learning in student.trainable()

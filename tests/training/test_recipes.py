@@ -225,6 +225,10 @@ def test_targets_name_the_adapted_layers_and_never_the_head(byte_folder: Path) -
     assert adapted(targets=["q_proj", "v_proj"]) == {"q_proj", "v_proj"}
     with pytest.raises(ConfigError, match="changes the head"):
         adapted(targets=["lm_head", "q_proj"])
+    with pytest.raises(ConfigError, match="'v_projj' names no layer"):
+        adapted(targets=["q_proj", "v_projj"])
+    with pytest.raises(ConfigError, match="changes the token embeddings, which this model shares"):
+        adapted(targets=["embed_tokens", "q_proj"])
 
 
 @pytest.mark.parametrize(

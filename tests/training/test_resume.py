@@ -28,6 +28,7 @@ from penchant.errors import ConfigError, PenchantError, StorageError
 from penchant.resources import shipped
 from penchant.training.checkpoints import checkpoints, load_checkpoint, prune, save_checkpoint
 from penchant.training.config import YesNoConfig
+from penchant.training.recipe import Recipe
 from penchant.training.recipes import finetune
 from penchant.training.student import Student, load_student
 from penchant.training.task import Outcome
@@ -257,6 +258,22 @@ def test_other_data_another_model_or_template_are_refused(
     changed = settings(byte_folder, max_steps=2, prompts=str(tmp_path / "prompts"))
     with pytest.raises(ConfigError, match="template_texts"):
         finetune("next_item", changed, toy, begun, resume=True)
+
+
+def test_rows_that_came_out_otherwise_are_refused(
+    toy: Dataset, byte_folder: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where their cache is gone and another machine's encoder brings other candidates."""
+    plain = Recipe.rows
+
+    def other(self: Recipe) -> Any:
+        rows = plain(self)
+        rows.content = "0" * 64
+        return rows
+
+    monkeypatch.setattr(Recipe, "rows", other)
+    with pytest.raises(ConfigError, match="rows are not those that this training was begun with"):
+        finetune("next_item", settings(byte_folder, max_steps=2), toy, begun, resume=True)
 
 
 def test_a_run_is_not_written_over(toy: Dataset, byte_folder: Path, begun: Path) -> None:

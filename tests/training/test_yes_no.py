@@ -81,6 +81,23 @@ def test_no_negative_is_an_item_the_user_took_and_held_out_ones_are_not_spared(
         assert asked_item(corpus, row) == log.item[row.targets[0]]
 
 
+@pytest.mark.parametrize("kinds", [["unexposed"], ["hard"]])
+def test_no_prompt_is_taught_both_answers_where_items_share_a_title(
+    byte_folder: Path, prompts: Path, kinds: list[str]
+) -> None:
+    interactions, items = toy_frames()
+    twins = items.with_columns(title=items["title"].gather([i // 2 * 2 for i in range(len(items))]))
+    corpus = corpus_of(Dataset.read(interactions, twins.drop("genres", "year")), byte_folder, prompts)
+    made = config(byte_folder, negatives=kinds, negatives_per_positive=3, candidates=12)
+    retriever: Any = Fixed(corpus)
+    for rows in (list(yes_no_rows(corpus, made, retriever)), valid_rows(corpus, made, retriever, 20)):
+        answers: dict[tuple[int, bytes], set[bool]] = {}
+        for row in rows:
+            answers.setdefault((row.user, row.tokens.tobytes()), set()).add(is_yes(row))
+        assert all(len(said) == 1 for said in answers.values())
+        assert any(said == {False} for said in answers.values())
+
+
 def test_hard_negatives_are_the_retrievers_and_kinds_take_turns(corpus: Corpus, byte_folder: Path) -> None:
     log = corpus.split.log
     retriever: Any = Fixed(corpus)

@@ -35,6 +35,15 @@ def _reach(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         raise _Reached(states)
 
 
+def context_of(config: Any) -> int:
+    """How many tokens of a text model's configuration fit, where an additive mask of ours replaces the model's own:
+    past the window of one that looks back only so far they would differ.
+    """
+    context = int(getattr(config, "max_position_embeddings", None) or 2**31)
+    window = getattr(config, "sliding_window", None)
+    return min(context, int(window)) if window and getattr(config, "use_sliding_window", True) else context
+
+
 def lists_of(model: nn.Module, n_blocks: int) -> list[nn.ModuleList]:
     """The model's lists of so many modules: its blocks, and in some models others too (a vision tower's, experts)."""
     return [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_blocks]

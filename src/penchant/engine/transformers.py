@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from penchant.adapter_card import check_vectors, trained_part
 from penchant.catalog_trie import CatalogTrie
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
-from penchant.engine.blocks import States
+from penchant.engine.blocks import States, context_of
 from penchant.engine.common import Limits, Work, check_finite, check_pooling, check_search, encoded, paired, searches
 from penchant.engine.search import Search
 from penchant.engine.tree import Branch, TreeRunner, branch_of, tokens_at
@@ -56,11 +56,7 @@ class TransformersEngine:
         self.max_batch_tokens = max_batch_tokens
         self._tree = TreeRunner(model.eval())
         config = model.config.get_text_config()
-        self.context_length = int(getattr(config, "max_position_embeddings", None) or 2**31)
-        window = getattr(config, "sliding_window", None)
-        if window and getattr(config, "use_sliding_window", True):
-            # An additive mask of ours replaces the model's own: past its window they would differ.
-            self.context_length = min(self.context_length, int(window))
+        self.context_length = context_of(config)
         self._limits = Limits(self.context_length, int(self._tree.head.weight.shape[0]))
         self._hidden_size = int(config.hidden_size)
         self._n_layers = int(config.num_hidden_layers)

@@ -136,8 +136,8 @@ def _column(events: pl.DataFrame, name: str) -> Column:
         if len(middle) > _EDGES:
             middle = np.unique(np.quantile(known.to_numpy(), np.arange(1, _EDGES + 1) / (_EDGES + 1)))
         return Column(name=name, kind="number", edges=middle.tolist())
-    counts = known.cast(pl.String).value_counts().sort(["count", name], descending=[True, False])
-    return Column(name=name, kind="category", values=counts[name].head(_VALUES).to_list())
+    counts = known.cast(pl.String).alias("value").value_counts(name="n").sort(["n", "value"], descending=[True, False])
+    return Column(name=name, kind="category", values=counts["value"].head(_VALUES).to_list())
 
 
 def gap_codes(events: pl.DataFrame) -> NDArray[np.int32]:

@@ -138,7 +138,8 @@ class Objective:
         fit = self.model.relevance
         scores = fit.all(some, fit.items(items[self.warm]))
         best = scores.topk(min(len(self.warm), max(1, n // len(some)) + 1), dim=1).indices
-        return self.warm[torch.unique(best)][:n]
+        found = torch.unique(best)  # in the catalogue's order, of which no part must be preferred
+        return self.warm[found[torch.randperm(len(found), device=found.device)[:n]]]
 
 
 def target_weights(

@@ -189,7 +189,7 @@ def _train(
         log.append({"epoch": epoch, "loss": summed / seen, "valid": score, "seconds": round(seconds, 2)})
         if on_epoch:
             on_epoch(epoch, summed / seen, score)
-        if score > best:
+        if score > best or score == best == 0:  # while validation finds nothing, the newest: it has learnt most
             best, best_epoch = score, epoch
             kept = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
         if epoch - best_epoch >= config.waits or seconds > max_seconds:

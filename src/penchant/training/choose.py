@@ -76,6 +76,8 @@ def _with_target(corpus: Corpus, pool: Candidates, row: int, position: int, inse
     """The candidates of a target, itself among them; None where retrieval missed it and it isn't to be inserted."""
     found = pool.items[row][pool.items[row] >= 0]
     target = corpus.split.log.item[position]
+    # An item of the target's own text could be no wrong answer.
+    found = found[[c == target or corpus.texts[c] != corpus.texts[target] for c in found.tolist()]]
     if len(found) < 2:
         return None
     if target in found:

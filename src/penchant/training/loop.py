@@ -77,6 +77,7 @@ class Loop:
         self._journal: Journal | None = None
         # All that a checkpoint keeps besides weights and moments.
         self.state: dict[str, Any] = {
+            "rows": task.rows.content,
             "total_steps": self._planned(),
             "targets": 0,
             "tokens": 0,
@@ -342,6 +343,13 @@ class Loop:
         if not found:
             return None
         state = load_checkpoint(found[-1], self.student, self.optimiser)
+        if state.get("rows", self.state["rows"]) != self.state["rows"]:
+            raise ConfigError(
+                "the rows are not those that this training was begun with: what chose them (an encoder's candidates) "
+                "came out otherwise here",
+                where=str(self.out),
+                remedy="go on where it was begun, with its cache and number of threads, or begin anew",
+            )
         self.state |= {name: state[name] for name in state if name != "step"}
         return int(state["step"])
 

@@ -43,11 +43,18 @@ def valid_rows(corpus: Corpus, config: PreferenceConfig, retriever: Retriever, n
     pool = retriever.for_targets(targets, max(config.candidates, config.negatives + 1))
     rows = []
     for i, p in enumerate(targets.position.tolist()):
-        history = np.arange(log.before(p).start, p)[-config.max_history :]
+        history = _newest(corpus, np.arange(log.before(p).start, p)[-config.max_history :], config.prompt_tokens)
         group = _group(corpus, pool, i, p, config, None)
         if len(history) and len(group) > 1:
             rows.append(preference_row(corpus, np.append(history, p), {p: group}, held_out=True))
     return rows
+
+
+def _newest(corpus: Corpus, history: Positions, tokens: int) -> Positions:
+    """The newest events whose titles fit into so many tokens behind the opening, as they would into a prompt."""
+    lengths = [len(corpus.item_tokens[int(item)]) for item in corpus.split.log.item[history]]
+    taken = len(corpus.opening) + np.cumsum(lengths[::-1])
+    return history[len(history) - int((taken <= tokens).sum()) :]
 
 
 def _fitting(corpus: Corpus, part: Positions, groups: Mapping[int, Group], tokens: int) -> Iterator[Row]:

@@ -131,6 +131,7 @@ def _validation_seconds(recipe: Recipe, each_token: float) -> float:
     """Seconds of one validation: a forward is a third of a step, and the score is timed on a few of its users."""
     config = recipe.config
     valid = recipe.valid()
+    recipe.require_context(valid)
     packs = greedy(valid, config.pack_tokens)[:VALID_PACKS]
     seconds = each_token / 3 * sum(len(row) for pack in packs for row in pack)
     if not config.eval_users:

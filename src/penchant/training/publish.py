@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from penchant import __version__
-from penchant.adapter_card import CARD
-from penchant.engine.folders import fingerprint_of
+from penchant.adapter_card import CARD, ancestors_of
+from penchant.engine.folders import fingerprint_of, resolve_adapter
 from penchant.environment import versions
 from penchant.errors import ConfigError, ModelError, NotFiniteLossError, StorageError
 from penchant.files import read_json, sha256_file, staged_folder, write_json
@@ -21,10 +21,12 @@ from penchant.training.task import Outcome
 
 def publish(recipe: Recipe, dropped: int, outcome: Outcome, out: Path) -> None:
     """Put the student's weights and card in ``out``; ModelError where read back they say something else."""
+    start = recipe.config.start_from
     card = {
         "recipe": recipe.name,
         "templates": {name: recipe.templates.hash(name) for name in recipe.template_names},
         **identity_of(recipe),
+        "ancestors": ancestors_of(None if start is None else resolve_adapter(start), recipe.base),
         **recipe.served_as,
         "outcome": vars(outcome),
         "item_texts_cut": recipe.texts_cut,

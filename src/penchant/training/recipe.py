@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from penchant.adapter_card import check_templates
 from penchant.data.provenance import Own, check_rows
 from penchant.data.split import Split
+from penchant.engine.blocks import context_of
 from penchant.engine.device import resolve_device, resolve_dtype
 from penchant.engine.folders import fingerprint_of, resolve_model
 from penchant.engine.weights import load_tokenizer
@@ -246,6 +247,7 @@ class Recipe:
         score, name = self.score(valid, self.config)
         rows = self.rows()
         self.require_context(rows)
+        self.require_context(valid)
         return Task(self.name, rows, valid, loss, weight, score, name, self.notes)
 
     @property
@@ -285,13 +287,16 @@ class Recipe:
             return {}
         return {"vectors": {"layer": self.student.layer, "pooling": self.config.pooling}}
 
-    def require_context(self, rows: RowStore) -> None:
-        """Guard: positions past a model's context are trained to no purpose, and without a word from the model."""
-        longest = int(rows.lengths.max())
-        context = getattr(self.student.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and longest > context:
+    def require_context(self, rows: RowStore | Sequence[Row]) -> None:
+        """Guard: positions past a model's context are trained, or measured, to no purpose, and without a word from the
+        model. Branches of a row begin where they leave its trunk.
+        """
+        context = context_of(self.student.causal_lm.config.get_text_config())
+        lengths = rows.lengths if isinstance(rows, RowStore) else np.array([len(row) for row in rows])
+        longest = max((1 + int(rows[int(i)].position.max()) for i in np.flatnonzero(lengths > context)), default=0)
+        if longest > context:
             raise ConfigError(
-                f"a row has {longest} tokens, and the model's context only {context}",
+                f"a row reaches {longest} tokens, and the model's context only {context}",
                 where="training",
                 remedy="lower pack_tokens, prompt_tokens, max_history or window",
             )

@@ -22,11 +22,11 @@ _PROVENANCE = ("inputs", "targets")
 class RowStore:
     """Rows as an Arrow file; ``lengths`` (n,) tokens and ``n_targets`` (n,) are in memory, the rest is mapped.
 
-    ``dropped`` counts the oldest events that fitted into no prompt.
+    ``dropped`` counts the oldest events that fitted into no prompt; ``content`` is the file's SHA-256.
     """
 
-    def __init__(self, table: Any, dropped: int = 0) -> None:
-        self.dropped = dropped
+    def __init__(self, table: Any, dropped: int = 0, content: str = "") -> None:
+        self.dropped, self.content = dropped, content
         self._table = table.with_format("numpy")
         whole = table.with_format("arrow")[:] if len(table) else None
         self.lengths: NDArray[np.int64] = np.asarray(whole["length"] if whole else [], dtype=np.int64)
@@ -72,7 +72,7 @@ def stored_rows(
     ``dropped`` counts, while rows are made, the events that fitted into no prompt.
     datasets' own caching is not used: its fingerprints hash code by pickling it.
     """
-    name = sha256_text("training rows 4", *key)[:32]
+    name = sha256_text("training rows 5", *key)[:32]
     at = (cache_folder() if folder is None else folder) / "rows" / name
     if not at.is_dir():
         with staged_folder(at) as stage:
@@ -81,11 +81,12 @@ def stored_rows(
             write_json(stage / "dropped.json", dropped() - before)
     arrow = at / "rows.arrow"
     try:
-        if (at / "sha256").read_text(encoding="utf-8") != sha256_file(arrow):
+        content = sha256_file(arrow)
+        if (at / "sha256").read_text(encoding="utf-8") != content:
             raise StorageError("is corrupt: its content is not what was written", where=str(at), remedy="delete it")
     except OSError as error:
         raise StorageError(f"cannot be read ({error})", where=str(at), remedy="delete it") from error
-    store = RowStore(datasets.Dataset.from_file(str(arrow)), int(read_json(at / "dropped.json")))
+    store = RowStore(datasets.Dataset.from_file(str(arrow)), int(read_json(at / "dropped.json")), content)
     if not len(store):
         raise DataError(
             "not one training row: nothing could be learnt",

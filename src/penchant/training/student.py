@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from penchant.engine.adapters import require_own_base, with_adapter
 from penchant.engine.blocks import States, lists_of
@@ -81,19 +82,26 @@ class Student(nn.Module):
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """The reference: the same weights with the adapter switched off."""
+        """The reference: the same weights with the adapter switched off, and without the dropout of training."""
         if not isinstance(self.model, PeftModel):
             raise ConfigError(
                 "there is no adapter to switch off, and so no reference", where="training", remedy="use method lora"
             )
-        with self.model.disable_adapter():
-            yield
+        learns = self._learns()
+        training = self.training
+        self.eval()
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self.train(training)
+            self._learn(learns)  # peft lets all of the adapter learn again
 
     @contextmanager
     def as_saved(self, folder: Path) -> Iterator[None]:
         """The same base with the adapter that was saved in ``folder``, read back by stock peft as a second one."""
         model: Any = self.model
-        learns = {name: p.requires_grad for name, p in model.named_parameters()}
+        learns = self._learns()
         with warnings.catch_warnings():  # peft only warns of keys that are missing
             warnings.simplefilter("error", UserWarning)
             model.load_adapter(str(folder), adapter_name="saved")
@@ -103,8 +111,14 @@ class Student(nn.Module):
         finally:
             model.set_adapter("default")
             model.delete_adapter("saved")
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(learns[name])
+            self._learn(learns)
+
+    def _learns(self) -> dict[str, bool]:
+        return {name: p.requires_grad for name, p in self.model.named_parameters()}
+
+    def _learn(self, learns: Mapping[str, bool]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(learns[name])
 
     def save(self, folder: Path) -> None:
         """Plain peft (or, method full, a plain model) as safetensors."""
@@ -155,13 +169,20 @@ def load_student(config: TrainConfig) -> Student:
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name on its way out
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)  # refused below
-            head = model.get_output_embeddings()
+            head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+            shared = head.weight is embeddings.weight
             model = _adapted(model, config, layer or n_blocks, folder)
             if model.get_base_model().get_output_embeddings() is not head:
                 raise ConfigError(
                     "the adapter changes the head, which the losses take as one plain matrix",
                     where="lora",
                     remedy="leave the head out of lora.targets, or start from another adapter",
+                )
+            if shared and model.get_base_model().get_input_embeddings() is not embeddings:
+                raise ConfigError(
+                    "the adapter changes the token embeddings, which this model shares with its head",
+                    where="lora",
+                    remedy="leave them out of lora.targets, or start from another adapter",
                 )
     student = Student(model, layer, dtype)
     if layer is not None:
@@ -220,13 +241,13 @@ def _adapted(model: Any, config: TrainConfig, top: int, base: Path) -> PeftModel
                 {
                     name.rpartition(".")[2]
                     for name, module in model.base_model.named_modules()
-                    if isinstance(module, nn.Linear)
+                    if isinstance(module, nn.Linear | Conv1D)
                 }
             )
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            return get_peft_model(
+            adapted = get_peft_model(
                 model,
                 LoraConfig(
                     task_type="CAUSAL_LM",
@@ -242,6 +263,13 @@ def _adapted(model: Any, config: TrainConfig, top: int, base: Path) -> PeftModel
         raise ConfigError(
             f"no such adapter on this model: {error}", where="lora", remedy="check lora.targets"
         ) from error
+    reached: Any = adapted.base_model.targeted_module_names
+    for name in [] if isinstance(targets, str) else targets:
+        if not any(module == name or module.endswith(f".{name}") for module in reached):
+            raise ConfigError(
+                f"{name!r} names no layer that an adapter could be put on", where="lora", remedy="check lora.targets"
+            )
+    return adapted
 
 
 def _recompute(model: Any) -> None:

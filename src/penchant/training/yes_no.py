@@ -58,6 +58,7 @@ def _rows(
     held_out: bool,
 ) -> Iterator[Row]:
     log, visible = corpus.split.log, corpus.split.train
+    text = np.unique(corpus.texts, return_inverse=True)[1]  # items of one text are one question
     if held_out:
         visible = visible.copy()
         visible[corpus.split.valid.position] = True
@@ -74,15 +75,15 @@ def _rows(
         yield _row(corpus, config, history, p, int(log.item[p]), True, held_out)
         # What the user took, also later, is no negative; but what is held out must not be spared in training rows.
         mine = log.all_of(user)
-        known = log.item[mine][visible[mine]]
+        known = text[log.item[mine][visible[mine]]]
         for _ in range(config.negatives_per_positive):
             kind = config.negatives[turn % len(config.negatives)]
             turn += 1
             if kind == "hard" and hard is not None:
-                pool = hard[i][(hard[i] >= 0) & ~np.isin(hard[i], known)]
+                pool = hard[i][(hard[i] >= 0) & ~np.isin(text[hard[i]], known)]
             elif kind == "unexposed":
                 pool = rng.integers(log.n_items, size=64)
-                pool = pool[~np.isin(pool, known)]
+                pool = pool[~np.isin(text[pool], known)]
             else:
                 continue  # disliked ones come as targets of their own
             if len(pool):
