@@ -9,8 +9,8 @@ budget for tuning, and seeds. OUT/TASK.json holds the table of each seed with it
 trials, machine, versions, data hash and commit, and the commit and seconds of each system, which an earlier run may
 have made; OUT/TASK.md the first seed's table for people. Each finished system is kept in OUT/TASK/ and is not made
 again, so a run that was cut off goes on where it was: the same command. Trained encoders are kept in OUT/encoders/ for
-all tasks that differ in nothing but targets and candidates (games, games-6k and games-20). No row of the data is
-written.
+all tasks that differ in nothing but targets and candidates (games, games-6k and games-20), and what the LLM has scored
+in OUT/llm-scores.sqlite. No row of the data is written.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ from penchant.evaluation.encoders import (
     ranking,
 )
 from penchant.evaluation.evaluate import tabulate
+from penchant.evaluation.kept_scores import KeptScores
 from penchant.evaluation.leaks import check_model
 from penchant.evaluation.over_seeds import over_seeds
 from penchant.evaluation.prepared import Prepared
@@ -130,8 +131,9 @@ class Comparison(Prepared):
 
     @cached_property
     def ranker(self) -> Engine:
-        """The LLM that ranks behind the encoder."""
-        return self.engine if self.load_ranker is None else self.load_ranker()
+        """The LLM that ranks behind the encoder. What it scored for one seed, or before a run was cut off, is kept."""
+        engine = self.engine if self.load_ranker is None else self.load_ranker()
+        return cast("Engine", KeptScores(engine, self.folder / "llm-scores.sqlite"))
 
     def key(self, name: str, seed: int, **more: Any) -> str:
         """Of all that decides this system's result."""

@@ -74,15 +74,15 @@ def run_llm_stage(
     )
     asked = np.flatnonzero(choices > 0) if found_only else np.arange(len(items))
     engine = model.engine
-    begun, counted = time.perf_counter(), _tokens(engine)
+    begun, counted = _spent(engine), _tokens(engine)
     said = model.ranker.scores(
         [histories[i] for i in asked], [items[i] for i in asked], stages("LLM on test users", len(asked))
     )
-    seconds, after = time.perf_counter() - begun, _tokens(engine)
-    begun = time.perf_counter()
+    seconds, after = _spent(engine) - begun, _tokens(engine)
+    begun = _spent(engine)
     if len(asked):
         model.ranker.priors(np.unique(np.concatenate([items[i] for i in asked])), stages("LLM without history", 1))
-    prior_seconds = time.perf_counter() - begun
+    prior_seconds = _spent(engine) - begun
     alone = Fusion(1.0, 0.0)
     ways = {LIKELIHOOD: alone, CALIBRATED: Fusion(1.0, 1.0)}
     if model.config.question != "likelihood":  # there is nothing to take out of an answer
@@ -145,6 +145,11 @@ def _reordered(
         best = np.concatenate([order, rest])[:width]
         top[i, : len(best)] = best
     return rank, top
+
+
+def _spent(engine: object) -> float:
+    """A clock in seconds, that counts what a KeptScores did not do again."""
+    return time.perf_counter() + float(getattr(engine, "seconds_kept", 0.0))
 
 
 def _tokens(engine: object) -> int | None:
