@@ -73,6 +73,9 @@ def main(
     model: Annotated[str, typer.Option(help="A known name, a model's folder, or a hub id.")] = "smollm2-135m",
     adapter: Annotated[str | None, typer.Option(help="A peft adapter, for vectors and ranking.")] = None,
     ranker: Annotated[str | None, typer.Option(help="A peft adapter that ranks; vectors are made without it.")] = None,
+    fit: Annotated[
+        bool, typer.Option(help="--no-fit: fit nothing; what no earlier run has fitted is left out, and named.")
+    ] = True,
     dtype: Annotated[str, typer.Option(help="As `penchant fit`: auto, bfloat16, float16 or float32.")] = "auto",
 ) -> None:
     """Run each task with each of its seeds; go on where an earlier run of the same was cut off."""
@@ -116,6 +119,7 @@ def main(
             None if ranker is None else ranks,
             say=say,
             stamp=commit_of(Path(__file__).resolve().parent),
+            train=fit,
         )
         result = comparison.run()
         write_json(out / f"{comparison.name}.json", result)

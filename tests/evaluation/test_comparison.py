@@ -575,6 +575,22 @@ def test_the_limit_of_time_leaves_systems_out_and_says_so(data: Path) -> None:
     assert any("sasrec, seed 0 was left out" in line for line in said)
 
 
+def test_a_run_that_fits_nothing_shows_what_is_there_and_names_the_rest(data: Path) -> None:
+    made = task(seeds=[3, 4])
+    fitted(data, ["popularity", BOTH], made)
+    fitted(data, ["sasrec"], task(seeds=[3]))
+    other = Comparison("other", made, data / "results", FakeEngine, data, ["popularity", "sasrec", BOTH, "full"])
+    other.train = False
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(patch)
+        result = other.run()
+    assert counted.names == []
+    (note,) = {note for run in result["runs"] for note in run["notes"] if "sasrec, seed" in note}
+    assert note == "sasrec, seed 4 was left out: it is not made yet, and this run fitted nothing"
+    assert any("popularity, seed 3 was left out" in note for note in result["runs"][0]["notes"])
+    assert all(any("llm+interest" in row["system"] for row in run["rows"]) for run in result["runs"])
+
+
 def leaky(made: Comparison) -> Comparison:
     """The same, and its split trains on a test event."""
     train = made.split.train.copy()

@@ -90,9 +90,10 @@ class Comparison(Prepared):
     that ranks in its place, such as an adapter: the vectors stay the LLM's.
 
     ``systems`` are some of SYSTEMS; without them the task's baselines, our variants and the full model. ``stamp`` (the
-    commit, say) goes into the result as it is, and into the record of each system made now: another run may have
-    made the others. ``origins`` takes up, by system and seed, when and where each was made; ``ranks``, by the system's
-    name in the tables and by seed, how each ranked the targets.
+    commit, say) goes into the result as it is, and into the record of each system made now: another run may have made
+    the others. Without ``train`` what no earlier run has fitted is left out, and named. ``origins`` takes up, by system
+    and seed, when and where each was made; ``ranks``, by the system's name in the tables and by seed, how each ranked
+    the targets.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Comparison(Prepared):
     stages: Stages = silent
     say: Callable[[str], None] = lambda line: None
     stamp: Mapping[str, Any] = field(default_factory=dict)
+    train: bool = True
     left_out: list[str] = field(default_factory=list)
     origins: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     ranks: dict[str, dict[int, NDArray[np.int64]]] = field(default_factory=dict)
@@ -166,6 +168,9 @@ class Comparison(Prepared):
             return found
         if not self._time_left(f"{name}, seed {seed}"):
             return None
+        if not self.train and self.trained.load(self._key(self.task.training_hash, name, seed, chosen=chosen)) is None:
+            self._leave_out(f"{name}, seed {seed}", "it is not made yet, and this run fitted nothing")
+            return None
         begun = time.perf_counter()
         if name in _TRAINED:
             system, record = self._encoder(name, seed, chosen)
@@ -208,9 +213,12 @@ class Comparison(Prepared):
     def _time_left(self, what: str) -> bool:
         if self.task.seconds is None or time.perf_counter() - self.begun < self.task.seconds:
             return True
-        self.left_out.append(f"{what} was left out: the task's {self.task.seconds:g} s were spent")
-        self.say(self.left_out[-1])
+        self._leave_out(what, f"the task's {self.task.seconds:g} s were spent")
         return False
+
+    def _leave_out(self, what: str, why: str) -> None:
+        self.left_out.append(f"{what} was left out: {why}")
+        self.say(self.left_out[-1])
 
     def _fit(self, name: str, seed: int, chosen: dict[str, Any] | None) -> FittedSystem:
         """The system tuned within the budget, or trained anew as ``chosen`` with another seed."""
