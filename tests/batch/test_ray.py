@@ -17,7 +17,7 @@ from tests.batch.by_ray import RAY, actors, alive, begun, wait_for
 from tests.batch.conftest import USERS, made, results
 
 from penchant.batch import run
-from penchant.batch.ray import ShardActor, hear
+from penchant.batch.ray import ShardActor, _cluster, hear
 from penchant.engine.transformers import TransformersEngine
 from penchant.errors import ConfigError, StorageError
 from penchant.fusion import Fusion
@@ -145,6 +145,34 @@ def test_a_worker_s_error_arrives_whole(real: Path, tmp_path: Path, monkeypatch:
     assert "put the old file back" in str(caught.value.remedy)
     assert [record["shard"] for record in records] == [0, 1, 0], "what was done before it counts"
 
+    pl.read_parquet(users)[1:].write_parquet(users)
+    with pytest.raises(ConfigError, match=r"this worker finds .* rows, and the job has"):
+        hear(rows_of(ShardActor(str(real / "run"), str(users), place, "stop")(asked)), records.append)
+
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     with pytest.raises(ConfigError, match="this worker would give other results: BLAS threads"):
         hear(rows_of(ShardActor(str(real / "run"), str(users), place, "stop")(asked)), records.append)
+
+
+@needs_ray
+def test_a_cluster_is_begun_here_or_refused_in_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    begun: dict[str, Any] = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **how: begun.update(how))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0})
+    with _cluster(2, 0.5):
+        assert (begun["address"], begun["num_cpus"]) == ("local", 2), "whatever was ever begun on this machine"
+    with pytest.raises(ConfigError, match="2 workers with 1 GPUs each need more than the 1"), _cluster(2, 1):
+        pass
+
+    def unreachable(**how: Any) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(ray, "init", unreachable)
+    with pytest.raises(ConfigError, match="Ray cannot be begun: nobody there"), _cluster(2, 0):
+        pass

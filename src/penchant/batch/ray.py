@@ -94,7 +94,9 @@ def run_ray(
 
 def _absolute(path: Path | str | None) -> str | None:
     """A path of this machine from its root; a URL as it is."""
-    return None if path is None else str(path) if "://" in str(path) else os.path.abspath(path)
+    if path is None:
+        return None
+    return str(path) if "://" in str(path) else os.path.abspath(path)
 
 
 def hear(rows: Iterable[Mapping[str, Any]], done: Callable[[Record], None]) -> None:

@@ -120,7 +120,7 @@ def _load_vllm(
         raise ConfigError(f"unknown device {device!r}", remedy="use auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    except Exception as error:  # as below
+    except Exception as error:  # malformed JSON ends in errors of any type
         raise not_loaded(folder, error) from error
     tokenizer = load_tokenizer(folder)
     numbers = _vllm_dtype(dtype, chosen)
