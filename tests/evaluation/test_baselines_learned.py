@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from itertools import count
@@ -281,6 +282,15 @@ def test_the_llm_orders_unseen_candidates_and_the_retriever_the_rest(
     assert scores[13] == scores[14]  # equal for the retriever, equal here
     assert np.isneginf(scores[15])
     assert "4 of fixed" in system.name
+
+
+@pytest.mark.parametrize(("seen_last", "candidates"), [(None, {4, 0, 1, 5}), (1, {2, 4, 0, 1})])
+def test_candidates_may_hold_what_was_seen_before_the_newest_events(
+    fake_engine: FakeEngine, seen_last: int | None, candidates: set[int]
+) -> None:
+    system = dataclasses.replace(llm(fake_engine, Fixed(), ZeroShotConfig(candidates=4)), seen_last=seen_last)
+    scores = system.scores(queries([2, 3]))[0]
+    assert set(np.argsort(-scores)[:4].tolist()) == candidates
 
 
 def test_the_llm_ranks_the_whole_catalogue_when_asked(fake_engine: FakeEngine) -> None:
