@@ -25,9 +25,10 @@ from typing import Annotated, Any
 import typer
 
 import penchant as pt
+from penchant.cli.script import script
 from penchant.engine.noise import quiet_libraries
 from penchant.environment import commit_of
-from penchant.errors import ConfigError, PenchantError
+from penchant.errors import ConfigError
 from penchant.evaluation.comparison import SYSTEMS, Comparison
 from penchant.evaluation.page import write_page
 from penchant.evaluation.tasks import load_task
@@ -127,14 +128,5 @@ def main(
         print(out / f"{comparison.name}.json")
 
 
-def run() -> None:
-    """A mistake of the user's is one message and exit code 2."""
-    try:
-        typer.run(main)
-    except PenchantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    run()
+    script(main)

@@ -16,6 +16,7 @@ import numpy as np
 import typer
 from matplotlib.figure import Figure
 
+from penchant.cli.script import script
 from penchant.files import read_json
 
 _LINES = {
@@ -53,4 +54,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

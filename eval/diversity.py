@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 import penchant as pt
 from penchant import metrics
+from penchant.cli.script import script
 from penchant.environment import made_by
 from penchant.evaluation import beyond
 from penchant.evaluation.statistics import bootstrap_mean
@@ -97,4 +98,4 @@ def draw(points: list[dict[str, Any]], k: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

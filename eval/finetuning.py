@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 import penchant as pt
 from penchant import metrics
+from penchant.cli.script import script
 from penchant.environment import made_by
 from penchant.evaluation.statistics import bootstrap_mean
 from penchant.files import sha256_text, staged_file, write_json
@@ -260,4 +261,4 @@ def _show(record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    script(app)

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 import penchant as pt
+from penchant.cli.script import script
 from penchant.engine.noise import quiet_libraries
 from penchant.environment import made_by
 from penchant.evaluation.probe import memorisation, neutral_dataset, probe
@@ -75,4 +76,4 @@ def print_recall(recall: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from penchant.cli.script import script
 from penchant.evaluation.spread import plain, row_key
 from penchant.evaluation.tasks import load_task
 from penchant.files import read_json
@@ -384,4 +385,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from penchant import __version__
+from penchant.cli.script import script
 from penchant.engine.folders import fingerprint_of, resolve_model
 from penchant.environment import commit_of, made_by
 from penchant.errors import ConfigError
@@ -143,4 +144,4 @@ def _spread(values: list[float]) -> dict[str, float | int | None]:
 
 
 if __name__ == "__main__":
-    app()
+    script(app)

@@ -21,6 +21,7 @@ import polars as pl
 import typer
 
 from penchant import schema
+from penchant.cli.script import script
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
@@ -101,4 +102,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -49,6 +49,8 @@ def passing(text: str, items: pl.DataFrame = ITEMS) -> str:
         ("year<2009", "ac"),
         ("year<=1954", "c"),
         ("year=1995", "a"),
+        ("year==1995", "a"),
+        ("year == 1995", "a"),
         ("price>=10", "ae"),  # as numbers: 9.5 is less than 10, 1e1 is 10, NaN is no price
         ("price<10", "bc"),
         ("price>-1e9", "abce"),
@@ -111,7 +113,8 @@ def test_a_value_is_compared_letter_by_letter(values: list[str | None], wanted: 
     def ids(passed: list[bool]) -> str:
         return "".join(name for name, ok in zip(items["item_id"], passed, strict=True) if ok)
 
-    assert passing(f"x={wanted}", items) == ids([v == wanted for v in values])
+    assert passing(f"x=={wanted}", items) == ids([v == wanted for v in values])
+    assert passing(f"x= {wanted}", items) == ids([v == wanted for v in values])
     assert passing(f"x!={wanted}", items) == ids([v is not None and v != wanted for v in values])
     assert passing(f"x~{wanted}", items) == ids([v is not None and wanted in v for v in values])
     assert passing(f"x!~{wanted}", items) == ids([v is not None and wanted not in v for v in values])

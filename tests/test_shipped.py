@@ -45,6 +45,27 @@ def test_a_seed_of_the_command_line_counts_once(benchmark: ModuleType, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval/benchmark.py", "nobodys"],
+        ["eval/memorisation.py", "nowhere"],
+        ["eval/speed/training.py", "--data", "nowhere"],
+    ],
+    ids=lambda arguments: Path(arguments[0]).stem,
+)
+def test_a_program_of_eval_says_what_was_wrong_in_one_message(arguments: list[str], tmp_path: Path) -> None:
+    program, *given = arguments
+    done = subprocess.run(
+        [sys.executable, ROOT / program, *given, "--out", "out.json"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "remedy: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("path", sorted(shipped("configs").glob("fit-*.yaml")), ids=lambda p: p.stem)
 def test_each_fit_configuration_is_valid(path: Path) -> None:
     FitConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

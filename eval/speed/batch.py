@@ -39,6 +39,7 @@ import typer
 from penchant.batch import BatchOptions
 from penchant.batch import run as batch
 from penchant.batch.rows import Preparer, batches
+from penchant.cli.script import script
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
@@ -303,4 +304,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    script(app)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import typer
 
+from penchant.cli.script import script
 from penchant.engine.device import DType, resolve_device, resolve_dtype
 from penchant.engine.loading import load_engine
 from penchant.engine.noise import quiet_libraries
@@ -93,4 +94,4 @@ def in_turns(work: Callable[[TransformersEngine], Any], engines: dict[str, Trans
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import typer
 
+from penchant.cli.script import script
 from penchant.environment import made_by
 from penchant.evaluation.tasks import load_task, read_data, split_of
 from penchant.files import write_json
@@ -93,4 +94,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -18,6 +18,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from penchant.cli.script import script
 from penchant.data.history import EventLog, Targets
 from penchant.environment import made_by
 from penchant.evaluation.baselines.sasrec import SASRec
@@ -88,4 +89,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

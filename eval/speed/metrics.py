@@ -20,6 +20,7 @@ import typer
 from numpy.typing import NDArray
 
 from penchant import metrics
+from penchant.cli.script import script
 from penchant.environment import made_by, process_mib
 from penchant.evaluation.statistics import bootstrap_mean
 from penchant.files import write_json
@@ -106,4 +107,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

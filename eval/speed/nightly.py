@@ -27,6 +27,7 @@ import torch
 import typer
 
 from penchant.batch import run as batch
+from penchant.cli.script import script
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.engine.loading import load_engine
@@ -162,4 +163,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    script(app)

@@ -21,6 +21,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from penchant.cli.script import script
 from penchant.environment import made_by, process_mib
 from penchant.files import write_json
 from penchant.interest.config import EncoderConfig
@@ -165,4 +166,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

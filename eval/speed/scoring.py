@@ -27,6 +27,7 @@ import typer
 from scipy.stats import spearmanr
 
 from penchant.catalog_trie import CatalogTrie
+from penchant.cli.script import script
 from penchant.engine.loading import load_engine
 from penchant.engine.noise import quiet_libraries
 from penchant.engine.transformers import TransformersEngine
@@ -430,4 +431,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -12,6 +12,7 @@ import typer
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from penchant.cli.script import script
 from penchant.errors import ConfigError
 from penchant.files import read_json
 
@@ -43,4 +44,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -22,6 +22,7 @@ import torch
 import typer
 
 import penchant as pt
+from penchant.cli.script import script
 from penchant.environment import made_by
 from penchant.files import write_json
 from penchant.training.batch import Batch, collate
@@ -176,4 +177,4 @@ def _memory(model: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

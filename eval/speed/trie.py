@@ -14,6 +14,7 @@ import numpy as np
 import typer
 
 from penchant.catalog_trie import CatalogTrie
+from penchant.cli.script import script
 from penchant.environment import made_by, process_mib
 from penchant.files import write_json
 
@@ -64,4 +65,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -27,6 +27,7 @@ import torch
 import typer
 
 from penchant.catalog_trie import CatalogTrie
+from penchant.cli.script import script
 from penchant.engine.asking import Known
 from penchant.engine.folders import resolve_model
 from penchant.engine.loading import load_engine
@@ -250,4 +251,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from penchant.errors import ConfigError, DataError
 from penchant.schema import ITEM
 
-_CONDITION = re.compile(r"\s*(?P<column>.+?)\s*(?P<operator>!=|>=|<=|!~|=|~|>|<)\s*(?P<value>.*?)\s*$", re.DOTALL)
+_CONDITION = re.compile(r"\s*(?P<column>.+?)\s*(?P<operator>!=|>=|<=|==|!~|=|~|>|<)\s*(?P<value>.*?)\s*$", re.DOTALL)
 
 
 def parse_condition(text: str) -> pl.Expr:
-    """A predicate from the command line: COLUMN OPERATOR VALUE, with = != ~ !~ (contains) and > >= < <= (numbers).
+    """A predicate of the command line: COLUMN OPERATOR VALUE, with = (==) != ~ !~ (contains) > >= < <= (numbers).
 
     VALUE is compared as text or as a number; it is never a pattern or a program.
     """
@@ -29,9 +29,9 @@ def parse_condition(text: str) -> pl.Expr:
     # pl.col would read * and ^...$ as patterns over all columns; here a column is its name.
     column = pl.selectors.by_name(found["column"]).as_expr()
     operator, value = found["operator"], found["value"]
-    if operator in ("=", "!="):
+    if operator in ("=", "==", "!="):
         equal = column.cast(pl.String) == value
-        return equal if operator == "=" else ~equal
+        return ~equal if operator == "!=" else equal
     if operator in ("~", "!~"):
         contains = column.cast(pl.String).str.contains(value, literal=True)
         return contains if operator == "~" else ~contains

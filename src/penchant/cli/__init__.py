@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
-import warnings
-
 import typer
 
 from penchant import __version__
 from penchant.cli.batch import batch_command
-from penchant.cli.console import err
 from penchant.cli.demo import demo_command
 from penchant.cli.doctor import doctor_command
 from penchant.cli.evaluate import evaluate_command
@@ -22,8 +16,7 @@ from penchant.cli.merge import merge_command
 from penchant.cli.prepare import prepare_command
 from penchant.cli.prompt import prompt_command
 from penchant.cli.recommend import recommend_command
-from penchant.errors import ConfigError, PenchantError, PenchantWarning
-from penchant.files import disk_full
+from penchant.cli.script import script
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,40 +51,6 @@ def _root(
     """A causal language model as a recommender."""
 
 
-_plain_warning = warnings.formatwarning
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """One of ours is for the user and says it all; a library's is of the code, so its place belongs to it."""
-    if issubclass(category, PenchantWarning):
-        return f"warning: {message}\n"
-    return _plain_warning(message, category, filename, lineno, line)
-
-
 def main() -> None:
-    """Run a verb. A mistake of the user's is one message on stderr and exit code 2; a bug keeps its traceback."""
-    warnings.formatwarning = _format_warning
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a title that the terminal cannot show is no reason to stop
-    try:
-        for argument in sys.argv[1:]:
-            if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
-                raise ConfigError("not UTF-8", where=f"argument {argument!r}", remedy="rename the file or folder")
-        app()
-    except PenchantError as error:
-        err.print(f"error: {error}")
-        sys.exit(2)
-    except OSError as error:
-        if "No usable temporary directory" in str(error):  # libraries look for one when they are imported
-            err.print(
-                f"error: temporary folder: no room to write it ({error})\n  remedy: free disk space, or set TMPDIR"
-            )
-            sys.exit(2)
-        if not disk_full(error):
-            raise
-        err.print(f"error: stdout: no room to write it ({error})\n  remedy: free disk space and run it again")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain once more when it flushes at its end
-        sys.exit(2)
+    """Run a verb."""
+    script(app)
