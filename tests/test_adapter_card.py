@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from penchant.adapter_card import CARD, ancestors_of, check_data, described
+from penchant.adapter_card import CARD, ancestors_of, check_data, check_templates, described
 from penchant.errors import ConfigError
 from penchant.files import write_json
+from penchant.prompt import Templates
 
 LAST = {"kind": "leave-last-out", "min_events": 3}
 NONE_HELD = {"kind": "leave-last-out, validation only", "min_events": 2}
@@ -43,6 +44,12 @@ def test_another_split_of_the_same_data_is_refused_wherever_it_was_learnt(place:
         check_data(source, "d", LAST)
     assert caught.value.where == other
     assert check_data(source, "d", NONE_HELD) == [] if place in ("adapter", "model") else True
+
+
+def test_a_template_that_this_version_has_not_is_said(tmp_path: Path) -> None:
+    write_json(tmp_path / CARD, {"templates": {"rank_pairs": "x"}})
+    with pytest.raises(ConfigError, match="a template that this version has not: 'rank_pairs'"):
+        check_templates(tmp_path, Templates())
 
 
 def test_other_data_and_no_card_are_said(tmp_path: Path) -> None:

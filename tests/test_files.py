@@ -110,8 +110,9 @@ def test_on_an_error_nothing_changes_and_the_error_is_the_same(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("error", [OSError("pulled out"), KeyboardInterrupt("pulled out")])
 def test_the_old_folder_comes_back_when_the_new_one_cannot_move_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "target"
     fill(staged_folder, target, "old")
@@ -120,15 +121,15 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_move_in(
     def failing(source: Path, to: Path) -> None:
         calls.append(to)
         if len(calls) == 2:  # the first moves the old folder aside, the second the new one in
-            raise OSError("the disk was pulled out")
+            raise error
         replace(source, to)
 
     monkeypatch.setattr(files.os, "replace", failing)
-    with pytest.raises(OSError, match="pulled out"):
+    with pytest.raises(type(error), match="pulled out"):
         fill(staged_folder, target, "new")
     assert len(calls) == 3
     assert read(target) == "old"
-    assert not list(tmp_path.glob(".*.tmp")), "the new one is cleared away"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"], "the new one is cleared away"
 
 
 def test_files_are_readable_for_others(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import signal
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +20,13 @@ from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
 from penchant.errors import ConfigError, DataError, ModelError, StorageError
 from penchant.evaluation.evaluate import evaluate
+from penchant.files import write_json
 from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
 from penchant.journal import Journal
 from penchant.live import LiveEvents, checked_items
 from penchant.recommend import Recommender
-from penchant.run_folder import JOURNAL, FitConfig
+from penchant.run_folder import JOURNAL, FitConfig, load_run
 from tests.conftest import toy_frames
 from tests.fake_engine import FakeEngine
 
@@ -167,6 +169,19 @@ def test_times_may_be_given_in_several_ways(model: Recommender) -> None:
     model.update("t", [{"item_id": "6", "timestamp": datetime(2030, 1, 3)}])
     model.update("t", pl.DataFrame({"item_id": ["7"], "timestamp": [2_000]}))
     assert events_of(model, "t") == ["4", "7", "5", "6"]
+
+
+def test_one_event_without_a_time_does_not_let_seconds_in() -> None:
+    interactions, items = toy_frames()
+    late = pl.col("timestamp") * 1_000_000 + 1_600_000_000_000_000
+    interactions = interactions.with_columns(timestamp=pl.when(pl.int_range(pl.len()) == 0).then(0).otherwise(late))
+    made = Dataset.read(interactions, items, time_unit="us")
+    config = FitConfig(encoder=EncoderConfig.model_validate(ENCODER), candidates=5, validation_users=5)
+    model = Recommender.fit(leave_last_out(made), Asked(), config)
+    with pytest.raises(DataError, match="January 1970"):
+        model.update("u1", [{"item_id": "3", "timestamp": 1_700_000_000}])
+    model.update("u1", [{"item_id": "3", "timestamp": np.int64(1_700_000_000_000_000)}])
+    assert events_of(model, "u1")[-1] == "3"
 
 
 @pytest.mark.parametrize("moment", [1_700_000_000, 1_700_000_000_000])
@@ -508,8 +523,8 @@ def test_a_journal_altered_in_its_middle_is_refused(model: Recommender, tmp_path
     model._journal.close()  # type: ignore[union-attr]
     path = tmp_path / "run" / JOURNAL
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text(lines[0].replace('"u1"', '"u7"') + lines[1])
-    with pytest.raises(StorageError, match=r"line 1.*corrupt|corrupt.*line 1"):
+    path.write_text(lines[0] + lines[1].replace('"u1"', '"u7"') + lines[2])
+    with pytest.raises(StorageError, match=r"line 2.*corrupt|corrupt.*line 2"):
         Recommender.load(tmp_path / "run")
 
 
@@ -518,6 +533,98 @@ def test_a_journal_that_is_gone_is_missed(model: Recommender, tmp_path: Path) ->
     (tmp_path / "run" / JOURNAL).unlink()
     with pytest.raises(StorageError, match="all updates since the fit"):
         Recommender.load(tmp_path / "run")
+
+
+def test_saving_over_a_run_loses_no_update(model: Recommender, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model.save(run)
+    model.update("u1", [{"item_id": "3"}])
+    model.remove_items(["9"])
+    model._journal.close()  # type: ignore[union-attr]  # as if its process had ended
+    other = dataclasses.replace(model, live=[])
+    other.use_engine(Asked())
+    for item in ("5", "6", "7"):
+        other.update("u2", [{"item_id": item}])  # more of them, and not the same
+    with pytest.raises(StorageError, match="came after the fit"):
+        other.save(run)
+    again = Recommender.load(run, Asked())
+    assert [set(record) for record in again.live] == [{"user", "events"}, {"removed"}]
+    again.update("u3", [{"item_id": "2"}])
+    again.save(run)  # all of them are its own, and the lock is too
+    again.update("u3", [{"item_id": "4"}])
+    assert len(Recommender.load(run).live) == 4
+
+
+def test_a_run_takes_no_update_while_another_is_written_in_its_place(
+    model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    model.save(run)
+    serving, heard = Recommender.load(run, Asked()), list[str]()
+
+    def slow(path: Path, value: Any) -> None:
+        if path.name == "manifest.json":
+            with pytest.raises(StorageError, match="another process is updating") as caught:
+                serving.update("u1", [{"item_id": "3"}])
+            heard.append(str(caught.value))
+        write_json(path, value)
+
+    monkeypatch.setattr("penchant.run_folder.write_json", slow)
+    dataclasses.replace(model, live=[]).save(run)
+    assert len(heard) == 1
+    with pytest.raises(StorageError, match="was replaced"):
+        serving.update("u1", [{"item_id": "3"}])
+    assert Recommender.load(run).live == []
+
+
+def test_a_journal_is_of_its_run(model: Recommender, tmp_path: Path) -> None:
+    model.save(tmp_path / "one")
+    model.add_items([NEW])
+    model._journal.close()  # type: ignore[union-attr]
+    other = fit(inputs=("event_type", "gap", "review"), dim=8)
+    other.save(tmp_path / "two")
+    shutil.copy(tmp_path / "one" / JOURNAL, tmp_path / "two" / JOURNAL)
+    with pytest.raises(StorageError, match="the updates of another run"):
+        Recommender.load(tmp_path / "two")
+    (tmp_path / "two" / JOURNAL).write_bytes(b"")  # the remedy
+    emptied = Recommender.load(tmp_path / "two", Asked())
+    emptied.add_items([NEW])
+    emptied._journal.close()  # type: ignore[union-attr]
+    shutil.copy(tmp_path / "two" / JOURNAL, tmp_path / "one" / JOURNAL)
+    with pytest.raises(StorageError, match="the updates of another run"):
+        Recommender.load(tmp_path / "one")
+    shutil.copytree(tmp_path / "two", tmp_path / "copy")
+    assert len(Recommender.load(tmp_path / "copy").live) == 1
+
+
+def test_a_run_that_was_replaced_while_it_was_opened_takes_no_update(
+    model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save(tmp_path / "run")
+    new = fit(inputs=("event_type", "gap", "review"), dim=8)
+
+    def overlapped(folder: Path) -> Any:
+        found = load_run(folder)
+        new.save(folder)  # the nightly fit ends here
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("penchant.recommend.load_run", overlapped)
+        old = Recommender.load(tmp_path / "run", Asked())
+    with pytest.raises(StorageError, match="was replaced"):
+        old.update("u1", [{"item_id": "3"}])
+    assert Recommender.load(tmp_path / "run").live == []
+
+
+def test_an_update_finds_its_run_from_wherever_the_process_works(
+    model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model.save("run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model.update("u1", [{"item_id": "3"}])
+    assert len(Recommender.load("../run").live) == 1
 
 
 def test_one_process_at_a_time_updates_a_run(model: Recommender, tmp_path: Path) -> None:
@@ -732,6 +839,7 @@ def test_an_update_never_goes_into_a_run_that_another_process_changed(model: Rec
         ("u1", [{"item_id": "1", "user_id": "u2"}], "is of user 'u2'"),
         (None, [{"item_id": "1"}], "None is no user id"),
         (" ", [{"item_id": "1"}], "' ' is no user id"),
+        ("caf\udce9", [{"item_id": "1"}], "is no user id"),
     ],
 )
 def test_events_of_nobody_or_somebody_else_are_refused(model: Recommender, user: Any, events: Any, said: str) -> None:

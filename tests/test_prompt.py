@@ -154,6 +154,12 @@ def test_a_wrong_template_is_refused_when_loaded(
     assert f"{name}.jinja" in str(caught.value)
 
 
+def test_a_folder_without_a_template_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "next_item.j2").write_text("hello", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds no template"):
+        Templates(tmp_path)
+
+
 def test_a_template_without_a_header_is_refused(tmp_path: Path) -> None:
     (tmp_path / "user.jinja").write_text("hello", encoding="utf-8")
     with pytest.raises(ConfigError, match="no header"):

@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from penchant.data.dataset import Dataset
+from penchant.data.split import leave_last_out
 from penchant.engine.transformers import TransformersEngine
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.prompt import Templates
 from penchant.rank import Ranker, label_logprobs, label_tokens, letters
+from penchant.recommend import Recommender
 from penchant.resources import shipped
+from penchant.run_folder import FitConfig
 from penchant.tokens import Prompt, Segment
+from tests.conftest import toy_frames
 from tests.fake_engine import FakeEngine
 from tests.tiny import TITLES
 
@@ -269,6 +274,22 @@ def test_nothing_is_taken_out_of_letters_or_answers(fake_engine: FakeEngine, tmp
     ranker = questioner(fake_engine, "choose", tmp_path)
     assert ranker.priors(np.array([3, 4])).tolist() == [0, 0]
     assert fake_engine.scored == 0
+
+
+@pytest.mark.parametrize("labels", ["", "labels: ['Yes']", "labels: ['Yes', 'No', 'Maybe']"])
+def test_yes_and_no_are_two_labels_and_said_before_any_work(
+    labels: str, fake_engine: FakeEngine, tmp_path: Path
+) -> None:
+    header = f"purpose: x\nversion: 1\nformat: plain\nvariables: [history, item]\n{labels}"
+    body = "{% for e in history %}{{ e.text }}\n{% endfor %}{{ item.text }}?"
+    (tmp_path / "yes_no.jinja").write_text(f"{{#\n{header}\n#}}\n{body}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="two labels, yes first"):
+        Ranker(fake_engine, Templates(tmp_path), TITLES, max_history=5, prompt_tokens=400, question="yes_no")
+    split = leave_last_out(Dataset.read(*toy_frames()))
+    with pytest.raises(ConfigError, match="two labels, yes first"):
+        Recommender.fit(
+            split, fake_engine, FitConfig(question="yes_no"), prompts=tmp_path, stages=lambda *a: pytest.fail("began")
+        )
 
 
 def test_two_labels_of_one_token_are_refused(fake_engine: FakeEngine) -> None:

@@ -93,7 +93,12 @@ def test_variety_grows_with_diversity() -> None:
 
 @pytest.mark.parametrize(
     ("rules", "message"),
-    [({"diversity": 1.1}, "diversity is"), ({"caps": {"colour": 1}}, "no column"), ({"caps": {"genres": 0}}, "cap of")],
+    [
+        ({"diversity": 1.1}, "diversity is"),
+        ({"caps": {"colour": 1}}, "no column"),
+        ({"caps": {"genres": 0}}, "cap of"),
+        ({"caps": {"genres": "2"}}, "cap of 'genres' is '2'"),
+    ],
 )
 def test_rules_that_cannot_be_kept_are_refused(rules: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

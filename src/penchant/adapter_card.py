@@ -8,7 +8,7 @@ from typing import Any
 
 from penchant.errors import ConfigError
 from penchant.files import read_json
-from penchant.prompt import Templates
+from penchant.prompt import NAMES, Templates
 
 CARD = "penchant.json"
 
@@ -46,6 +46,12 @@ def check_templates(adapter: str | Path | None, templates: Templates) -> None:
     if card is None:
         return
     for name, trained in card.get("templates", {}).items():
+        if name not in NAMES:
+            raise ConfigError(
+                f"was trained with a template that this version has not: {name!r}",
+                where=str(adapter),
+                remedy="serve it with the version it was trained with, or train it again",
+            )
         if templates.hash(name) != trained:
             raise ConfigError(
                 f"was trained with another text of the template {name!r}",

@@ -108,8 +108,10 @@ def staged_folder(target: Path) -> Iterator[Path]:
                 os.replace(target, old / "was")
                 try:
                     os.replace(stage, target)
-                except OSError:
-                    os.replace(old / "was", target)
+                except BaseException:
+                    if not target.exists():
+                        os.replace(old / "was", target)
+                    shutil.rmtree(old)
                     raise
                 shutil.rmtree(old)
             else:

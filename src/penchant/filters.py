@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from penchant.errors import ConfigError, DataError
 from penchant.schema import ITEM
 
+_NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _CONDITION = re.compile(r"\s*(?P<column>.+?)\s*(?P<operator>!=|>=|<=|==|!~|=|~|>|<)\s*(?P<value>.*?)\s*$", re.DOTALL)
 
 
 def parse_condition(text: str) -> pl.Expr:
     """A predicate of the command line: COLUMN OPERATOR VALUE, with = (==) != ~ !~ (contains) > >= < <= (numbers).
 
-    VALUE is compared as text or as a number; it is never a pattern or a program.
+    VALUE is compared as text or as a number; it is never a pattern or a program. = compares numbers where one of them
+    has a point or an exponent: 1955.0, as tables with a gap write it, is 1955, and 007 is not 7.
     """
     found = _CONDITION.match(text)
     if not found:
@@ -30,7 +32,7 @@ def parse_condition(text: str) -> pl.Expr:
     column = pl.selectors.by_name(found["column"]).as_expr()
     operator, value = found["operator"], found["value"]
     if operator in ("=", "==", "!="):
-        equal = column.cast(pl.String) == value
+        equal = _equal(column.cast(pl.String), value)
         return ~equal if operator == "!=" else equal
     if operator in ("~", "!~"):
         contains = column.cast(pl.String).str.contains(value, literal=True)
@@ -45,6 +47,17 @@ def parse_condition(text: str) -> pl.Expr:
     bare = column.cast(pl.String).str.strip_chars()
     numeric = pl.coalesce(column.cast(pl.Float64, strict=False), bare.cast(pl.Float64, strict=False)).fill_nan(None)
     return {">": numeric > number, ">=": numeric >= number, "<": numeric < number, "<=": numeric <= number}[operator]
+
+
+def _equal(text: pl.Expr, value: str) -> pl.Expr:
+    same = text == value
+    if not re.match(_NUMBER, value, re.ASCII):
+        return same
+    number = pl.when(text.str.contains(_NUMBER)).then(text.str.strip_chars()).cast(pl.Float64, strict=False)
+    as_numbers = (number == float(value)).fill_null(False)
+    if set(value).isdisjoint(".eE"):
+        as_numbers &= text.str.contains("[.eE]")
+    return same | as_numbers
 
 
 def item_mask(
@@ -68,6 +81,10 @@ def item_mask(
     if deny is not None:
         mask[indices(deny, item_index, "deny")] = False
     if where is not None:
+        if not isinstance(where, pl.Expr):
+            raise ConfigError(
+                f"{where!r} is no predicate", where="where", remedy='give one of polars: pl.col("genres") == "Comedy"'
+            )
         try:
             passed = items.select(where.alias("passed").cast(pl.Boolean)).to_series()
         except pl.exceptions.PolarsError as error:

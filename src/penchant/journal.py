@@ -9,11 +9,15 @@ import json
 import os
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from penchant.errors import StorageError
+
+# The key of the first line, which says of which run the others are.
+_RUN = "run"
 
 
 class Journal:
@@ -22,19 +26,27 @@ class Journal:
     A last line that a crash cut off is dropped and counted in ``torn``; a bad line before the last is a StorageError.
     One process at a time may append: the file is locked from the first append on, and the lock goes with the process.
     ``follows`` is how many records its owner knows: appending to a file that holds others, or that was replaced since,
-    is a StorageError, for what is appended means nothing there.
+    is a StorageError, for what is appended means nothing there. ``run`` says what the records are of: it stands in the
+    first line, and a file of another is refused.
     """
 
-    def __init__(self, path: Path, follows: int | None = None) -> None:
+    def __init__(self, path: Path, follows: int | None = None, run: str = "") -> None:
         self.path = path
         self.torn = 0
+        self._run = run
         self._follows = follows
         self._is = None if follows is None else _identity(path)
         self._handle: io.FileIO | None = None
 
     def read(self) -> list[dict[str, Any]]:
-        """All records, oldest first; none where there is no file."""
-        records, _ = self._read()
+        """All records, oldest first; none where there is no file. StorageError where they are another run's."""
+        run, records, _ = self._read()
+        if run and self._run and run != self._run:
+            raise StorageError(
+                "holds the updates of another run",
+                where=str(self.path),
+                remedy="put back this run's own, or make an empty file of that name to go on without updates",
+            )
         return records
 
     def append(self, record: dict[str, Any]) -> None:
@@ -43,6 +55,8 @@ class Journal:
         if _identity(self.path) != _identity(handle.fileno()):
             raise self._changed("was replaced")
         start, line = handle.tell(), _line(record)
+        if not start and self._run:
+            line = _line({_RUN: self._run}) + line
         try:
             # No buffer: what could not be written must not be written later.
             if handle.write(line) != len(line):
@@ -61,6 +75,10 @@ class Journal:
             self._handle.close()
             self._handle = None
 
+    def holds(self, path: Path) -> bool:
+        """Whether this journal has the lock of the file at ``path``."""
+        return self._handle is not None and _identity(self._handle.fileno()) == _identity(path)
+
     def _changed(self, how: str) -> StorageError:
         return StorageError(
             f"{how} by another process since this one opened the run",
@@ -77,17 +95,10 @@ class Journal:
             raise StorageError(
                 f"cannot be written: {error}", where=str(self.path), remedy="check the folder's permissions"
             ) from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.close()
-            raise StorageError(
-                "another process is updating this run",
-                where=str(self.path),
-                remedy="send updates to that process, or work on a copy (save)",
-            ) from error
-        records, whole = self._read()
-        if self._is is not None and self._is != _identity(handle.fileno()):
+        _lock(handle, self.path)
+        run, records, whole = self._read()
+        replaced = self._is is not None and self._is != _identity(handle.fileno())
+        if replaced or (run and self._run and run != self._run):
             handle.close()
             raise self._changed("was replaced")
         if self._follows is not None and self._follows != len(records):
@@ -99,10 +110,12 @@ class Journal:
         self._handle = handle
         return handle
 
-    def _read(self) -> tuple[list[dict[str, Any]], int]:
-        """The records, and how many bytes of the file they take."""
+    def _read(self) -> tuple[str, list[dict[str, Any]], int]:
+        """Of which run the records are (an empty text where that isn't said), the records, and how many bytes of the
+        file they take.
+        """
         if not self.path.is_file():
-            return [], 0
+            return "", [], 0
         try:
             data = self.path.read_bytes()
         except OSError as error:
@@ -122,7 +135,47 @@ class Journal:
                 break
             records.append(record)
             whole += len(line)
-        return records, whole
+        if records and list(records[0]) == [_RUN]:
+            return str(records[0][_RUN]), records[1:], whole
+        return "", records, whole
+
+
+@contextmanager
+def unchanging(path: Path, own: Journal | None = None) -> Iterator[None]:
+    """Nobody appends to the journal at ``path`` meanwhile; StorageError where another process may, for it has the lock.
+
+    ``own`` is this process's journal, which may be the one that has it.
+    """
+    if own is not None and own.holds(path):
+        yield
+        return
+    try:
+        handle = path.open("r+b", buffering=0)
+    except (FileNotFoundError, NotADirectoryError):
+        yield  # there is none
+        return
+    except OSError as error:
+        raise StorageError(
+            f"cannot be written: {error}", where=str(path), remedy="check the folder's permissions"
+        ) from error
+    _lock(handle, path)
+    try:
+        yield
+    finally:
+        handle.close()
+
+
+def _lock(handle: io.FileIO, path: Path) -> None:
+    """Lock the file, or close it and raise a StorageError."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise StorageError(
+            "another process is updating this run",
+            where=str(path),
+            remedy="send updates to that process, or work on a copy (save)",
+        ) from error
 
 
 def _identity(file: Path | int) -> tuple[int, int] | None:
@@ -134,9 +187,14 @@ def _identity(file: Path | int) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def write_journal(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """A journal of these records, in a folder that is being made."""
-    path.write_bytes(b"".join(map(_line, records)))
+def write_journal(path: Path, records: Sequence[dict[str, Any]], run: str) -> None:
+    """A journal of these records of a run, in a folder that is being made."""
+    path.write_bytes(b"".join(map(_line, [{_RUN: run}, *records])))
+
+
+def same_records(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> bool:
+    """Whether a journal of the one would be a journal of the other."""
+    return len(one) == len(other) and all(_line(a) == _line(b) for a, b in zip(one, other, strict=True))
 
 
 def _line(record: dict[str, Any]) -> bytes:

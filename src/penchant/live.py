@@ -28,10 +28,10 @@ _FIRST_MONTH = 31 * 86_400 * 1_000_000
 
 
 class LiveEvents:
-    """Events that came after the fit, by user id, in the columns of the interactions, whose first is at ``since``."""
+    """Events that came after the fit, by user id, in the columns of the interactions, whose median time is given."""
 
-    def __init__(self, columns: Mapping[str, pl.DataType], since: int) -> None:
-        self._since = since
+    def __init__(self, columns: Mapping[str, pl.DataType], middle: int) -> None:
+        self._middle = middle
         self._schema = {name: dtype for name, dtype in columns.items() if name != USER}
         self._events: dict[str, list[dict[str, Any]]] = {}
 
@@ -75,7 +75,7 @@ class LiveEvents:
                 raise DataError(f"unknown column {unknown[0]!r}", where=where, remedy=f"the interactions have {there}")
             row = {name: value for name, value in event.items() if name != USER and value is not None}
             row[ITEM] = str(event[ITEM])
-            row[TIME] = _micros(event.get(TIME), now + place, self._since, where)
+            row[TIME] = _micros(event.get(TIME), now + place, self._middle, where)
             row = {name: value for name, value in self._frame([row], where).to_dicts()[0].items() if value is not None}
             odd = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
             if odd:
@@ -105,22 +105,23 @@ class LiveEvents:
             ) from error
 
 
-def _micros(given: Any, otherwise: int, since: int, where: str) -> int:
+def _micros(given: Any, otherwise: int, middle: int, where: str) -> int:
     if given is None:
         return otherwise
     if isinstance(given, datetime):
         aware = given if given.tzinfo else given.replace(tzinfo=UTC)
         return round(aware.timestamp() * 1_000_000)
-    if isinstance(given, int) and not isinstance(given, bool):
+    if isinstance(given, int | np.integer) and not isinstance(given, bool):
+        given = int(given)
         if given >= YEAR_2200:
             raise DataError(
                 f"timestamp {given} read in microseconds lies after the year 2200",
                 where=where,
                 remedy="give a datetime, or divide nanoseconds by 1,000",
             )
-        if 0 < given < _FIRST_MONTH <= since:
+        if 0 < given < _FIRST_MONTH <= middle:
             raise DataError(
-                f"timestamp {given} read in microseconds lies in January 1970, before all that was fitted",
+                f"timestamp {given} read in microseconds lies in January 1970, long before what was fitted",
                 where=where,
                 remedy="give a datetime, or multiply seconds by 1,000,000 and milliseconds by 1,000",
             )
@@ -156,7 +157,7 @@ def checked_items(
             there = ", ".join(base.columns)
             raise DataError(f"unknown column {unknown[0]!r}", where=where, remedy=f"the items have {there}")
         row = {column: _told(item.get(column)) for column in base.columns}
-        odd = [column for column, text in row.items() if text is not None and not _is_text(text)]
+        odd = [column for column, text in row.items() if text is not None and not is_text(text)]
         if odd:
             raise DataError(f"{odd[0]} holds half a surrogate pair, which is no character", where=where)
         out.append(row)
@@ -180,7 +181,8 @@ def _text(value: Any) -> str | None:
     return frame.select(as_text("value", frame.schema["value"], "add_items")).item()
 
 
-def _is_text(text: str) -> bool:
+def is_text(text: str) -> bool:
+    """Whether a file can hold it: Python's texts may have half a surrogate pair, from bytes that were no UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -12,7 +12,7 @@ from penchant.data.history import EventLog
 from penchant.errors import DataError
 
 # Names compared for a near one: enough to catch a slip, few enough not to be waited for.
-_COMPARED = 100_000
+_COMPARED = 10_000
 
 
 def find_user(log: EventLog, user_id: str) -> int:
@@ -48,5 +48,6 @@ def find_title(items: pl.DataFrame, title: str) -> int:
 
 
 def _near(name: str, names: list[str], between: str) -> str:
-    near = difflib.get_close_matches(name, names[:_COMPARED], n=3)
+    alike = [one for one in names if one[:3].casefold() == name[:3].casefold()]  # most slips come later
+    near = difflib.get_close_matches(name, list(dict.fromkeys([*alike, *names]))[:_COMPARED], n=3)
     return f" (near: {between.join(near)})" if near else ""

@@ -92,10 +92,11 @@ class Templates:
             if not Path(folder).is_dir():
                 raise ConfigError("no such folder of templates", where=str(folder), remedy="check --prompts")
             paths.insert(0, Path(folder))
-            unknown = sorted(p.name for p in Path(folder).glob("*.jinja") if p.stem not in NAMES)
-            if unknown:
+            there = sorted(p.name for p in Path(folder).glob("*.jinja"))
+            unknown = [name for name in there if Path(name).stem not in NAMES]
+            if unknown or not there:
                 raise ConfigError(
-                    f"no template is called {', '.join(unknown)}",
+                    f"no template is called {', '.join(unknown)}" if unknown else "holds no template",
                     where=str(folder),
                     remedy=f"the templates are: {', '.join(f'{name}.jinja' for name in NAMES)}",
                 )

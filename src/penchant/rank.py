@@ -56,6 +56,14 @@ def label_tokens(codec: TextCodec, labels: Sequence[str]) -> list[int]:
     return found
 
 
+def yes_no_labels(templates: Templates) -> list[str]:
+    """The answers yes and no, in this order; ConfigError unless the template has two labels."""
+    labels = templates.headers["yes_no"].labels
+    if len(labels) != 2:
+        raise ConfigError("must have two labels, yes first", where="template yes_no", remedy="set `labels: [Yes, No]`")
+    return labels
+
+
 def label_logprobs(
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -92,6 +100,7 @@ class Ranker:
     ) -> None:
         if question == "yes_no":
             check_likes(trained_part(engine.source))
+            yes_no_labels(templates)
         self._engine = engine
         self._templates = templates
         self._texts = texts
@@ -215,7 +224,7 @@ class Ranker:
         progress: Progress | None = None,
     ) -> list[NDArray[np.float64]]:
         """log p(yes) - log p(no) of each candidate: their common beginning run once."""
-        labels = self._templates.headers["yes_no"].labels
+        labels = yes_no_labels(self._templates)
         out = []
         for user, (history, row) in enumerate(zip(histories, candidates, strict=True)):
             prompts = [self.about(history, int(i)).prompt for i in row]

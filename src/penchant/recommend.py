@@ -28,6 +28,7 @@ from penchant.interest.vectors import Scaling, default_layer, embed_items, item_
 from penchant.interest.words import read_events
 from penchant.lookup import find_title, find_user
 from penchant.prompt import Templates
+from penchant.rank import yes_no_labels
 from penchant.rerank import Rules
 from penchant.run_folder import FitConfig, load_run, save_run
 from penchant.serving import Answer, Items, Method
@@ -79,6 +80,7 @@ class Recommender(Updated):
             check_templates(trained_part(one.source), templates)  # now, not when the encoder is trained
         if config.question == "yes_no":
             check_likes(trained_part(ranks.source))
+            yes_no_labels(templates)
         seconds: dict[str, float] = {}
 
         @contextmanager
@@ -359,7 +361,8 @@ class Recommender(Updated):
 
     def save(self, folder: Path | str) -> None:
         """Write the run: everything but the LLM itself, which is named and identified by its hash."""
-        save_run(self, Path(folder), self.index if isinstance(self.index, HNSWIndex) else None)
+        graph = self.index if isinstance(self.index, HNSWIndex) else None
+        self.run = save_run(self, Path(folder), graph, self._journal)
         self.attach(Path(folder))
 
     @classmethod

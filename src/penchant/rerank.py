@@ -40,6 +40,8 @@ class Rules:
             if column not in items.columns:
                 there = ", ".join(items.columns)
                 raise ConfigError(f"the items have no column {column!r}", where="caps", remedy=f"use one of {there}")
+            if not isinstance(cap, int | np.integer):
+                raise ConfigError(f"the cap of {column!r} is {cap!r}", where="caps", remedy="give a whole number")
             if cap < 1:
                 raise ConfigError(f"the cap of {column!r} is {cap}", where="caps", remedy="give 1 or more")
             values = items[column].cast(pl.String).to_list()

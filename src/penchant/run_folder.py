@@ -16,7 +16,7 @@ from penchant import __version__
 from penchant.data.dataset import Dataset
 from penchant.data.split import Split
 from penchant.errors import StorageError
-from penchant.files import read_json, save_array, sha256_file, staged_folder, write_json
+from penchant.files import read_json, save_array, sha256_file, sha256_text, staged_folder, write_json
 from penchant.fusion import Fusion
 from penchant.interest.config import EncoderConfig
 from penchant.interest.encoder import InterestEncoder
@@ -25,7 +25,7 @@ from penchant.interest.inputs import Columns
 from penchant.interest.search import IndexKind
 from penchant.interest.vectors import Scale, Scaling
 from penchant.interest.words import Words
-from penchant.journal import Journal, write_journal
+from penchant.journal import Journal, same_records, unchanging, write_journal
 from penchant.prompt import NAMES, Templates
 from penchant.rank import Question, letters
 
@@ -74,7 +74,8 @@ class Fitted:
     ``texts`` are the rendered items, ``vectors`` (n_items, d) the LLM's item vectors as they came, ``columns`` and
     ``words`` what the encoder reads of events beside their items, ``live`` what has happened since, ``prior``
     (n_items,) the no-history log-likelihoods in nats (NaN where not needed yet), ``seconds`` where the time went.
-    ``embedder`` names the model that made the vectors where it isn't the one that ranks (fingerprint, source).
+    ``embedder`` names the model that made the vectors where it isn't the one that ranks (fingerprint, source), ``run``
+    the saved run that this is, which its journal names too; an empty text where it was never saved.
     """
 
     split: Split
@@ -95,6 +96,7 @@ class Fitted:
     seconds: dict[str, float] = field(default_factory=dict)
     training: list[dict[str, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    run: str = ""
 
 
 FORMAT = 2
@@ -103,12 +105,18 @@ _FILES = ("split.npz", "encoder.safetensors", "vectors.npy", "prior.npy")
 _ALL = {"manifest.json", "dataset", "split.json", "prompts", JOURNAL, WORDS, INDEX, *_FILES}
 
 
-def save_run(model: Fitted, folder: Path, graph: HNSWIndex | None = None) -> None:
-    """Write the run atomically; the run that stood there before stays until the new one is whole.
+def save_run(model: Fitted, folder: Path, graph: HNSWIndex | None = None, journal: Journal | None = None) -> str:
+    """Write the run atomically, and say which it is (``Fitted.run``); the run that stood there before stays until the
+    new one is whole, and takes no update meanwhile.
 
-    ``graph`` is the index of its items, where that is dear to build.
+    ``graph`` is the index of its items, where that is dear to build; ``journal`` what this process writes updates to.
     """
-    check_target(folder, model.live)
+    with unchanging(folder / JOURNAL, journal):
+        check_target(folder, model.live)
+        return _save_run(model, folder, graph)
+
+
+def _save_run(model: Fitted, folder: Path, graph: HNSWIndex | None) -> str:
     with staged_folder(folder) as stage:
         model.split.dataset.save(stage / "dataset")
         model.split.save(stage)
@@ -119,39 +127,45 @@ def save_run(model: Fitted, folder: Path, graph: HNSWIndex | None = None) -> Non
         save_array(stage / "prior.npy", prior[:n_items])
         if model.words is not None:
             model.words.save(stage / WORDS)
-        write_journal(stage / JOURNAL, model.live)
         if graph is not None and graph.n_items == n_items:  # one that has grown is built again when the run is opened
             graph.exact.model = sha256_file(stage / "encoder.safetensors")
             graph.save(stage / INDEX)
         (stage / "prompts").mkdir()
         for name, text in model.templates.sources.items():
             (stage / "prompts" / f"{name}.jinja").write_text(text, encoding="utf-8")
-        write_json(
-            stage / "manifest.json",
-            {
-                "format": FORMAT,
-                "penchant": __version__,
-                "engine": model.engine_source,
-                "fingerprint": model.fingerprint,
-                "embedder": model.embedder,
-                "data": model.split.dataset.content_hash,
-                "templates": model.templates.hash(),
-                "split": model.split.spec,
-                "columns": model.columns.model_dump(mode="json"),
-                "config": model.config.model_dump(mode="json"),
-                "fusion": model.fusion.to_dict(),
-                "training": model.training,
-                "seconds": {name: round(value, 2) for name, value in model.seconds.items()},
-                "warnings": model.warnings,
-                # The journal goes on growing, and has checksums of its own.
-                "files": {name: sha256_file(stage / name) for name in (*_FILES, WORDS) if (stage / name).is_file()},
-            },
-        )
+        manifest = {
+            "format": FORMAT,
+            "penchant": __version__,
+            "engine": model.engine_source,
+            "fingerprint": model.fingerprint,
+            "embedder": model.embedder,
+            "data": model.split.dataset.content_hash,
+            "templates": model.templates.hash(),
+            "split": model.split.spec,
+            "columns": model.columns.model_dump(mode="json"),
+            "config": model.config.model_dump(mode="json"),
+            "fusion": model.fusion.to_dict(),
+            "training": model.training,
+            "seconds": {name: round(value, 2) for name, value in model.seconds.items()},
+            "warnings": model.warnings,
+            # The journal goes on growing, and has checksums of its own.
+            "files": {name: sha256_file(stage / name) for name in (*_FILES, WORDS) if (stage / name).is_file()},
+        }
+        run = _run_of(manifest)
+        write_journal(stage / JOURNAL, model.live, run)
+        write_json(stage / "manifest.json", manifest)
+    return run
+
+
+def _run_of(manifest: dict[str, Any]) -> str:
+    """Which run that is: updates are of its catalogue, vectors and events, and mean nothing to another."""
+    files = [f"{name} {digest}" for name, digest in sorted(manifest["files"].items())]
+    return sha256_text(manifest["data"], manifest["templates"], manifest["fingerprint"], *files)
 
 
 def check_target(folder: Path, live: Sequence[Any] = ()) -> None:
     """Saving replaces the folder: StorageError where that would lose what is no run, what lies beside the run's own
-    files, or what came after the fit (``live`` are the records that are saved with it).
+    files, or what came after the fit and isn't among the records that are saved with it (``live``).
     """
     if os.path.isfile(folder):
         raise StorageError("is a file", where=str(folder), remedy="give a folder to write into")
@@ -174,12 +188,14 @@ def check_target(folder: Path, live: Sequence[Any] = ()) -> None:
             remedy="move them elsewhere, or give a new folder (--out)",
         )
     journal = folder / JOURNAL
-    if journal.is_file() and len(Journal(journal).read()) > len(live):
-        raise StorageError(
-            "holds events or items that came after the fit, and a new fit there would lose them",
-            where=str(journal),
-            remedy="give a new folder (--out), or delete this file",
-        )
+    if journal.is_file():
+        kept = Journal(journal).read()
+        if not same_records(kept, live[: len(kept)]):
+            raise StorageError(
+                "holds events or items that came after the fit, and a new fit there would lose them",
+                where=str(journal),
+                remedy="give a new folder (--out), or delete this file",
+            )
 
 
 def load_run(folder: Path) -> Fitted:
@@ -220,7 +236,8 @@ def load_run(folder: Path) -> Fitted:
                 where=str(folder / JOURNAL),
                 remedy="put it back from a copy, or make an empty file of that name to go on without them",
             )
-        journal = Journal(folder / JOURNAL)
+        run = _run_of(manifest)
+        journal = Journal(folder / JOURNAL, run=run)
         live = journal.read()
         notes = ["an update that a crash cut off was left out"] if journal.torn else []
         texts = templates.item_texts(dataset.items.to_dict(as_series=False), split.log.item_ids).texts
@@ -243,6 +260,7 @@ def load_run(folder: Path) -> Fitted:
             seconds=manifest["seconds"],
             training=manifest["training"],
             warnings=[*manifest["warnings"], *notes],
+            run=run,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ValidationError) as error:
         raise StorageError(

@@ -17,7 +17,7 @@ from penchant.filters import indices
 from penchant.interest.behaviour import Behaviour
 from penchant.interest.vectors import embed_items
 from penchant.journal import Journal
-from penchant.live import Event, LiveEvents, checked_items, packed, unpacked
+from penchant.live import Event, LiveEvents, checked_items, is_text, packed, unpacked
 from penchant.lookup import find_user
 from penchant.run_folder import JOURNAL
 from penchant.serving import Served
@@ -30,8 +30,8 @@ class Updated(Served):
     def __post_init__(self) -> None:
         super().__post_init__()
         interactions = self.split.dataset.interactions
-        since = interactions[schema.TIME].min()
-        self._events = LiveEvents(dict(interactions.schema), since if isinstance(since, int) else 0)
+        middle = interactions[schema.TIME].median()  # one event without a time, at 0, says nothing of the others
+        self._events = LiveEvents(dict(interactions.schema), int(middle) if isinstance(middle, int | float) else 0)
         self._behaviours: dict[str, Behaviour] = {}  # of users with events since the fit
         self._since = np.zeros(len(self.texts))  # events of each item since the fit
         self._journal: Journal | None = None
@@ -49,6 +49,7 @@ class Updated(Served):
 
     def behaviour(self, user_id: str) -> Behaviour:
         """Everything a user did up to now, oldest first; DataError where the model was given no such user."""
+        user_id = str(user_id)
         if user_id in self._behaviours:
             return self._behaviours[user_id]
         return self.reading.of(self.log.all_of(find_user(self.log, user_id)))
@@ -62,7 +63,7 @@ class Updated(Served):
         run that was saved or loaded they are on disk when this returns. DataError names the first event that can't be
         used, and then none is taken.
         """
-        if not isinstance(user_id, str | int) or not str(user_id).strip():
+        if not isinstance(user_id, str | int | np.integer) or not str(user_id).strip() or not is_text(str(user_id)):
             raise DataError(f"{user_id!r} is no user id", where="update", remedy="give a text that is not empty")
         user_id = str(user_id)
         taken = self._events.checked(events, self.item_index, user_id)
@@ -113,7 +114,8 @@ class Updated(Served):
         """From now on updates are written to this run's journal, which holds all there were up to now."""
         if self._journal is not None:
             self._journal.close()
-        self._journal = Journal(folder / JOURNAL, follows=len(self.live))
+        # Absolute: the process may work elsewhere by the time of an update.
+        self._journal = Journal(folder.absolute() / JOURNAL, follows=len(self.live), run=self.run)
 
     def _keep(self, record: dict[str, Any]) -> None:
         """First on disk, then in memory: what was answered once is answered again after a crash."""

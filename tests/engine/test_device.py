@@ -58,3 +58,15 @@ def test_numbers_that_are_asked_for_are_taken(dtype: Any, computes: bool, monkey
 def test_a_gpu_is_asked_what_it_computes_itself(itself: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or itself)
     assert computes_bfloat16(torch.device("cuda")) is itself
+
+
+def test_a_folder_is_named_so_that_it_is_found_from_anywhere(
+    byte_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").symlink_to(byte_folder)
+    monkeypatch.chdir(tmp_path)
+    engine = load_engine("models", device="cpu")
+    assert engine.source is not None
+    assert engine.source["model"] == str(tmp_path / "models")  # the name that was given: a link may move on
+    monkeypatch.chdir("/")
+    assert load_engine(**engine.source).fingerprint == engine.fingerprint  # type: ignore[arg-type]

@@ -72,13 +72,13 @@ def load_engine(
         raise ConfigError(f"options are vLLM's, and the backend is {backend!r}", remedy="give backend='vllm' too")
     folder = resolve_model(model)
     require_weights(folder)
+    adapter_folder = None if adapter is None else resolve_adapter(adapter)
     source = {
-        "model": str(model),
-        "adapter": None if adapter is None else str(adapter),
+        "model": _lasting(model, folder),
+        "adapter": None if adapter is None or adapter_folder is None else _lasting(adapter, adapter_folder),
         "device": device,
         "backend": backend,
     }
-    adapter_folder = None if adapter is None else resolve_adapter(adapter)
     fingerprint = "+".join(fingerprint_of(part) for part in (folder, adapter_folder) if part is not None)
     if backend == "vllm":
         return _load_vllm(folder, adapter_folder, fingerprint, dtype, device, options, source)
@@ -99,6 +99,11 @@ def load_engine(
         max_batch_tokens=max_batch_tokens,
         source=source | {"dtype": numbers},
     )
+
+
+def _lasting(given: str | Path, folder: Path) -> str:
+    """A name as it is, and a folder by its absolute path: a run is opened from other places than it was fitted at."""
+    return str(folder.absolute() if Path(given) == folder else given)
 
 
 def _load_vllm(

@@ -19,7 +19,7 @@ from penchant.evaluation.readers import YesNoRow
 from penchant.evaluation.report import Report, Row
 from penchant.evaluation.shares import Logistic, Shares, own_share
 from penchant.prompt import Templates
-from penchant.rank import Ranker, label_logprobs
+from penchant.rank import Ranker, label_logprobs, yes_no_labels
 
 if TYPE_CHECKING:
     from penchant.engine import Engine, Progress
@@ -54,7 +54,7 @@ def answer_margins(
             budget=budget,
         )
         prompts.append(rendered.prompt)
-    logp = label_logprobs(engine, prompts, templates.headers["yes_no"].labels, progress=progress)
+    logp = label_logprobs(engine, prompts, yes_no_labels(templates), progress=progress)
     return logp[:, 0] - logp[:, 1]
 
 

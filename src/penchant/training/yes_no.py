@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penchant.errors import ConfigError, DataError
+from penchant.errors import DataError
 from penchant.prompt import Templates
-from penchant.rank import label_tokens
+from penchant.rank import label_tokens, yes_no_labels
 from penchant.tokens import TextCodec
 from penchant.training.candidates import Retriever
 from penchant.training.choose import newest_targets
@@ -181,7 +181,4 @@ def example_row(
 
 def answer_tokens(templates: Templates, codec: TextCodec) -> list[int]:
     """The tokens of yes and no, in this order; ConfigError unless the template has two labels of one token each."""
-    labels = templates.headers["yes_no"].labels
-    if len(labels) != 2:
-        raise ConfigError("must have two labels, yes first", where="template yes_no", remedy="set `labels: [Yes, No]`")
-    return label_tokens(codec, labels)
+    return label_tokens(codec, yes_no_labels(templates))
