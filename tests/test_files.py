@@ -111,8 +111,9 @@ def test_on_an_error_nothing_changes_and_the_error_is_the_same(
 
 
 @pytest.mark.parametrize("error", [OSError("pulled out"), KeyboardInterrupt("pulled out")])
+@pytest.mark.parametrize("when", ["before the second move", "after the first"])
 def test_the_old_folder_comes_back_when_the_new_one_cannot_move_in(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "target"
     fill(staged_folder, target, "old")
@@ -120,16 +121,39 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_move_in(
 
     def failing(source: Path, to: Path) -> None:
         calls.append(to)
-        if len(calls) == 2:  # the first moves the old folder aside, the second the new one in
+        if len(calls) == 2 and when == "before the second move":
             raise error
-        replace(source, to)
+        replace(source, to)  # the first moves the old folder aside, the second the new one in
+        if len(calls) == 1 and when == "after the first":
+            raise error
 
     monkeypatch.setattr(files.os, "replace", failing)
     with pytest.raises(type(error), match="pulled out"):
         fill(staged_folder, target, "new")
-    assert len(calls) == 3
     assert read(target) == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["target"], "the new one is cleared away"
+
+
+def test_what_stood_there_is_kept_and_named_where_another_process_was_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    fill(staged_folder, target, "old")
+    replace = os.replace
+
+    def overtaken(source: Path, to: Path) -> None:
+        replace(source, to)
+        if source == target:
+            monkeypatch.undo()
+            fill(staged_folder, target, "another's")
+
+    monkeypatch.setattr(files.os, "replace", overtaken)
+    with pytest.raises(StorageError, match="another process made it meanwhile") as caught:
+        fill(staged_folder, target, "new")
+    (kept,) = tmp_path.glob(".target.*.old/was")
+    assert str(kept) in str(caught.value)
+    assert read(kept) == "old"
+    assert read(target) == "another's"
 
 
 def test_files_are_readable_for_others(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -18,6 +20,7 @@ import torch
 
 from penchant.data.dataset import Dataset
 from penchant.data.split import leave_last_out
+from penchant.engine.loading import load_engine
 from penchant.errors import ConfigError, DataError, ModelError, StorageError
 from penchant.evaluation.evaluate import evaluate
 from penchant.files import write_json
@@ -575,6 +578,103 @@ def test_a_run_takes_no_update_while_another_is_written_in_its_place(
     with pytest.raises(StorageError, match="was replaced"):
         serving.update("u1", [{"item_id": "3"}])
     assert Recommender.load(run).live == []
+
+
+def test_a_model_with_another_ranker_is_saved_where_its_updates_are(model: Recommender, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model.save(run)
+    model.update("u1", [{"item_id": "3"}])  # and has the lock from now on
+    tuned = model.with_ranker(Asked())
+    tuned.save(run)
+    tuned.update("u1", [{"item_id": "4"}])
+    with pytest.raises(StorageError, match="was replaced"):
+        model.update("u1", [{"item_id": "5"}])
+    assert len(Recommender.load(run).live) == 2
+
+
+def test_an_update_of_another_model_of_this_process_while_a_run_is_written(
+    model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    model.save(run)
+    model.update("u1", [{"item_id": "3"}])
+    tuned = model.with_ranker(Asked())
+
+    def slow(path: Path, value: Any) -> None:
+        model.update("u1", [{"item_id": "4"}])
+        write_json(path, value)
+
+    monkeypatch.setattr("penchant.run_folder.write_json", slow)
+    with pytest.raises(StorageError, match="came after the fit"):
+        tuned.save(run)
+    assert len(Recommender.load(run).live) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_there_are_no_locks_runs_are_saved_and_not_updated(
+    number: int, model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("penchant.journal.fcntl.flock", no_locks)
+    model.save(tmp_path / "run")
+    model.save(tmp_path / "run")
+    with pytest.raises(StorageError, match="cannot be locked"):
+        model.update("u1", [{"item_id": "3"}])
+    assert model.live == []
+
+
+def test_a_run_that_was_replaced_while_its_lock_was_got_is_locked_anew(
+    model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, lock = tmp_path / "run", fcntl.flock
+    model.save(run)
+    other = dataclasses.replace(model)
+    other.use_engine(Asked())
+    calls = list[int]()
+
+    def late(handle: Any, operation: int) -> None:
+        calls.append(operation)
+        if len(calls) == 1:  # the one who had it gives it free by replacing the run
+            shutil.copytree(run, tmp_path / "new")
+            shutil.rmtree(run)
+            (tmp_path / "new").rename(run)
+            Recommender.load(run, Asked()).update("u1", [{"item_id": "3"}])
+        lock(handle, operation)
+
+    monkeypatch.setattr("penchant.journal.fcntl.flock", late)
+    with pytest.raises(StorageError, match="came after the fit"):
+        other.save(run)
+    assert len(Recommender.load(run).live) == 1
+
+
+def test_a_fork_and_its_parent_do_not_both_append(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "a.jsonl", follows=0)
+    journal.append({"n": 1})
+    process = multiprocessing.get_context("fork").Process(target=journal.append, args=({"n": 2},))
+    process.start()
+    process.join()
+    with pytest.raises(StorageError, match="was written to by another process"):
+        journal.append({"n": 3})
+    assert [record["n"] for record in Journal(journal.path).read()] == [1, 2]
+
+
+def test_a_run_and_its_model_may_be_moved_together(tmp_path: Path, byte_folder: Path, base: Recommender) -> None:
+    was = tmp_path / "was"
+    shutil.copytree(byte_folder, was / "models" / "mine")
+    engine = load_engine(was / "models" / "mine", dtype="float32", device="cpu")
+    model = dataclasses.replace(base, engine_source=engine.source, fingerprint=engine.fingerprint)
+    model.save(was / "runs" / "one")
+    assert Recommender.load(was / "runs" / "one").engine_source == engine.source
+    (tmp_path / "other").mkdir()
+    shutil.copytree(was / "runs" / "one", tmp_path / "other" / "alone")
+    assert Recommender.load(tmp_path / "other" / "alone").engine.fingerprint == engine.fingerprint
+    was.rename(tmp_path / "now")
+    moved = Recommender.load(tmp_path / "now" / "runs" / "one")
+    assert moved.engine.fingerprint == engine.fingerprint
+    moved.save(tmp_path / "other" / "again")
+    assert Recommender.load(tmp_path / "other" / "again").engine.fingerprint == engine.fingerprint
 
 
 def test_a_journal_is_of_its_run(model: Recommender, tmp_path: Path) -> None:

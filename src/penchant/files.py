@@ -103,23 +103,35 @@ def staged_folder(target: Path) -> Iterator[Path]:
                     _sync(path)
             stage.chmod(0o777 & ~_umask())
             if target.exists():
-                # A folder cannot be replaced in one step: move the old one aside, then the new one in.
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-                os.replace(target, old / "was")
-                try:
-                    os.replace(stage, target)
-                except BaseException:
-                    if not target.exists():
-                        os.replace(old / "was", target)
-                    shutil.rmtree(old)
-                    raise
-                shutil.rmtree(old)
+                _replace_folder(target, stage)
             else:
                 os.replace(stage, target)
             _sync(target.parent)
         except BaseException:  # Ctrl-C too leaves nothing half written; it goes on its way
             shutil.rmtree(stage, ignore_errors=True)
             raise
+
+
+def _replace_folder(target: Path, stage: Path) -> None:
+    """A folder cannot be replaced in one step: the old one is moved aside, then the new one in."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    old = aside / "was"
+    try:
+        os.replace(target, old)
+        os.replace(stage, target)
+    except BaseException:  # Ctrl-C too, whenever it comes
+        if old.exists() and stage.exists():
+            try:
+                os.replace(old, target)
+            except OSError as error:
+                raise StorageError(
+                    f"another process made it meanwhile; what stood there before is {old}",
+                    where=str(target),
+                    remedy="move aside one of the two",
+                ) from error
+        shutil.rmtree(aside)
+        raise
+    shutil.rmtree(aside)
 
 
 def _umask() -> int:

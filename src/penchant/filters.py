@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from penchant.errors import ConfigError, DataError
 from penchant.schema import ITEM
 
-_NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
+_WHOLE = r"^\s*(-?(?:0|[1-9][0-9]*))\.0*\s*$"
 _CONDITION = re.compile(r"\s*(?P<column>.+?)\s*(?P<operator>!=|>=|<=|==|!~|=|~|>|<)\s*(?P<value>.*?)\s*$", re.DOTALL)
 
 
 def parse_condition(text: str) -> pl.Expr:
     """A predicate of the command line: COLUMN OPERATOR VALUE, with = (==) != ~ !~ (contains) > >= < <= (numbers).
 
-    VALUE is compared as text or as a number; it is never a pattern or a program. = compares numbers where one of them
-    has a point or an exponent: 1955.0, as tables with a gap write it, is 1955, and 007 is not 7.
+    VALUE is compared as text or as a number; it is never a pattern or a program. = and != compare text, and take
+    1955.0, as a table with a gap writes it, for 1955.
     """
     found = _CONDITION.match(text)
     if not found:
@@ -50,14 +50,7 @@ def parse_condition(text: str) -> pl.Expr:
 
 
 def _equal(text: pl.Expr, value: str) -> pl.Expr:
-    same = text == value
-    if not re.match(_NUMBER, value, re.ASCII):
-        return same
-    number = pl.when(text.str.contains(_NUMBER)).then(text.str.strip_chars()).cast(pl.Float64, strict=False)
-    as_numbers = (number == float(value)).fill_null(False)
-    if set(value).isdisjoint(".eE"):
-        as_numbers &= text.str.contains("[.eE]")
-    return same | as_numbers
+    return text.str.replace(_WHOLE, "${1}") == re.sub(_WHOLE, r"\1", value, flags=re.ASCII)
 
 
 def item_mask(

@@ -10,7 +10,7 @@ import os
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from penchant.errors import StorageError
 
 # The key of the first line, which says of which run the others are.
 _RUN = "run"
+# The journals of this process that have the lock of their file.
+_HOLDERS: weakref.WeakSet[Journal] = weakref.WeakSet()
 
 
 class Journal:
@@ -37,6 +39,7 @@ class Journal:
         self._follows = follows
         self._is = None if follows is None else _identity(path)
         self._handle: io.FileIO | None = None
+        self._end = 0  # bytes of the file, once it is open
 
     def read(self) -> list[dict[str, Any]]:
         """All records, oldest first; none where there is no file. StorageError where they are another run's."""
@@ -54,7 +57,9 @@ class Journal:
         handle = self._open()
         if _identity(self.path) != _identity(handle.fileno()):
             raise self._changed("was replaced")
-        start, line = handle.tell(), _line(record)
+        if os.fstat(handle.fileno()).st_size != self._end:  # a fork has the same lock
+            raise self._changed("was written to")
+        start, line = self._end, _line(record)
         if not start and self._run:
             line = _line({_RUN: self._run}) + line
         try:
@@ -62,6 +67,7 @@ class Journal:
             if handle.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(handle.fileno())
+            self._end += len(line)
         except OSError as error:
             # What was written of it would stand before later records, where nothing may be torn.
             handle.truncate(start)
@@ -95,19 +101,30 @@ class Journal:
             raise StorageError(
                 f"cannot be written: {error}", where=str(self.path), remedy="check the folder's permissions"
             ) from error
-        _lock(handle, self.path)
-        run, records, whole = self._read()
-        replaced = self._is is not None and self._is != _identity(handle.fileno())
-        if replaced or (run and self._run and run != self._run):
+        try:
+            if not _lock(handle):
+                raise _busy(self.path)
+            run, records, self._end = self._read()
+            replaced = self._is is not None and self._is != _identity(handle.fileno())
+            if replaced or (run and self._run and run != self._run):
+                raise self._changed("was replaced")
+            if self._follows is not None and self._follows != len(records):
+                raise self._changed("was written to")
+            handle.truncate(self._end)  # a line cut off by a crash
+            handle.seek(self._end)
+        except OSError as error:
             handle.close()
-            raise self._changed("was replaced")
-        if self._follows is not None and self._follows != len(records):
+            raise StorageError(
+                f"cannot be locked: {error}",
+                where=str(self.path),
+                remedy="keep a run that is updated on a file system that has locks",
+            ) from error
+        except StorageError:
             handle.close()
-            raise self._changed("was written to")
-        handle.truncate(whole)  # a line cut off by a crash
-        handle.seek(whole)
+            raise
         weakref.finalize(self, handle.close)
         self._handle = handle
+        _HOLDERS.add(self)
         return handle
 
     def _read(self) -> tuple[str, list[dict[str, Any]], int]:
@@ -141,41 +158,48 @@ class Journal:
 
 
 @contextmanager
-def unchanging(path: Path, own: Journal | None = None) -> Iterator[None]:
-    """Nobody appends to the journal at ``path`` meanwhile; StorageError where another process may, for it has the lock.
+def unchanging(path: Path) -> Iterator[None]:
+    """No other process appends to the journal at ``path`` meanwhile; StorageError where one has its lock.
 
-    ``own`` is this process's journal, which may be the one that has it.
+    Where there is no file, or where the file system has no locks, nothing is held.
     """
-    if own is not None and own.holds(path):
-        yield
+    if any(journal.holds(path) for journal in list(_HOLDERS)):
+        yield  # this process has the lock, and a second handle wouldn't get it
         return
-    try:
-        handle = path.open("r+b", buffering=0)
-    except (FileNotFoundError, NotADirectoryError):
-        yield  # there is none
-        return
-    except OSError as error:
-        raise StorageError(
-            f"cannot be written: {error}", where=str(path), remedy="check the folder's permissions"
-        ) from error
-    _lock(handle, path)
-    try:
+    with ExitStack() as stack:
+        while path.is_file():
+            try:
+                handle = stack.enter_context(path.open("r+b", buffering=0))
+            except OSError as error:
+                raise StorageError(
+                    f"cannot be written: {error}", where=str(path), remedy="check the folder's permissions"
+                ) from error
+            try:
+                free = _lock(handle)
+            except OSError:
+                break
+            if not free:
+                raise _busy(path)
+            if _identity(handle.fileno()) == _identity(path):  # and not one that was replaced a moment ago
+                break
         yield
-    finally:
-        handle.close()
 
 
-def _lock(handle: io.FileIO, path: Path) -> None:
-    """Lock the file, or close it and raise a StorageError."""
+def _lock(handle: io.FileIO) -> bool:
+    """Lock the file until it is closed; False where another handle has it, OSError where there are no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.close()
-        raise StorageError(
-            "another process is updating this run",
-            where=str(path),
-            remedy="send updates to that process, or work on a copy (save)",
-        ) from error
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _busy(path: Path) -> StorageError:
+    return StorageError(
+        "another process is updating this run",
+        where=str(path),
+        remedy="send updates to that process, or work on a copy (save)",
+    )
 
 
 def _identity(file: Path | int) -> tuple[int, int] | None:

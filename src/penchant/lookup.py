@@ -48,6 +48,8 @@ def find_title(items: pl.DataFrame, title: str) -> int:
 
 
 def _near(name: str, names: list[str], between: str) -> str:
-    alike = [one for one in names if one[:3].casefold() == name[:3].casefold()]  # most slips come later
-    near = difflib.get_close_matches(name, list(dict.fromkeys([*alike, *names]))[:_COMPARED], n=3)
+    first = name[:3].casefold()
+    alike = [one for one in names if one[:3].casefold() == first]  # most slips come later
+    compared = dict.fromkeys([*alike[:_COMPARED], *names[:_COMPARED]])
+    near = difflib.get_close_matches(name, list(compared)[:_COMPARED], n=3)
     return f" (near: {between.join(near)})" if near else ""

@@ -362,7 +362,7 @@ class Recommender(Updated):
     def save(self, folder: Path | str) -> None:
         """Write the run: everything but the LLM itself, which is named and identified by its hash."""
         graph = self.index if isinstance(self.index, HNSWIndex) else None
-        self.run = save_run(self, Path(folder), graph, self._journal)
+        self.run = save_run(self, Path(folder), graph)
         self.attach(Path(folder))
 
     @classmethod

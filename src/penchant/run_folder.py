@@ -105,13 +105,13 @@ _FILES = ("split.npz", "encoder.safetensors", "vectors.npy", "prior.npy")
 _ALL = {"manifest.json", "dataset", "split.json", "prompts", JOURNAL, WORDS, INDEX, *_FILES}
 
 
-def save_run(model: Fitted, folder: Path, graph: HNSWIndex | None = None, journal: Journal | None = None) -> str:
+def save_run(model: Fitted, folder: Path, graph: HNSWIndex | None = None) -> str:
     """Write the run atomically, and say which it is (``Fitted.run``); the run that stood there before stays until the
     new one is whole, and takes no update meanwhile.
 
-    ``graph`` is the index of its items, where that is dear to build; ``journal`` what this process writes updates to.
+    ``graph`` is the index of its items, where that is dear to build.
     """
-    with unchanging(folder / JOURNAL, journal):
+    with unchanging(folder / JOURNAL):
         check_target(folder, model.live)
         return _save_run(model, folder, graph)
 
@@ -136,9 +136,9 @@ def _save_run(model: Fitted, folder: Path, graph: HNSWIndex | None) -> str:
         manifest = {
             "format": FORMAT,
             "penchant": __version__,
-            "engine": model.engine_source,
+            "engine": _with_ways(model.engine_source, folder),
             "fingerprint": model.fingerprint,
-            "embedder": model.embedder,
+            "embedder": model.embedder and model.embedder | {"source": _with_ways(model.embedder["source"], folder)},
             "data": model.split.dataset.content_hash,
             "templates": model.templates.hash(),
             "split": model.split.spec,
@@ -154,6 +154,7 @@ def _save_run(model: Fitted, folder: Path, graph: HNSWIndex | None) -> str:
         run = _run_of(manifest)
         write_journal(stage / JOURNAL, model.live, run)
         write_json(stage / "manifest.json", manifest)
+        check_target(folder, model.live)  # this process may have updated it by another model, and not all disks lock
     return run
 
 
@@ -248,13 +249,13 @@ def load_run(folder: Path) -> Fitted:
             texts=texts,
             vectors=vectors,
             encoder=encoder,
-            engine_source=_with_dtype(manifest["engine"], manifest["fingerprint"]),
+            engine_source=_arguments(manifest["engine"], manifest["fingerprint"], folder),
             fingerprint=manifest["fingerprint"],
             columns=columns,
             words=words,
             live=live,
             graph=_graph(folder, manifest) if config.index == "hnsw" else None,
-            embedder=_embedder(manifest.get("embedder")),
+            embedder=_embedder(manifest.get("embedder"), folder),
             fusion=Fusion(**manifest["fusion"]),
             prior=np.load(folder / "prior.npy", allow_pickle=False),
             seconds=manifest["seconds"],
@@ -268,15 +269,32 @@ def load_run(folder: Path) -> Fitted:
         ) from error
 
 
-def _with_dtype(source: dict[str, Any] | None, fingerprint: str) -> dict[str, Any] | None:
-    """How to load an engine, with the numbers that it had: runs of before wrote "auto" for what the checkpoint had."""
-    if source is None or source.get("dtype") != "auto":
-        return source
-    return source | {"dtype": fingerprint.rpartition(":")[2].partition("/")[0]}
+def _with_ways(source: dict[str, Any] | None, folder: Path) -> dict[str, Any] | None:
+    """How to load an engine, and the ways from the run to its folders: run and model may be moved together."""
+    if source is None:
+        return None
+    places = {key: source.get(key) for key in ("model", "adapter")}
+    ways = {key: os.path.relpath(at, folder.absolute()) for key, at in places.items() if at and os.path.isabs(at)}
+    return source | {"ways": ways} if ways else source
 
 
-def _embedder(made: dict[str, Any] | None) -> dict[str, Any] | None:
-    return made and made | {"source": _with_dtype(made["source"], made["fingerprint"])}
+def _arguments(source: dict[str, Any] | None, fingerprint: str, folder: Path) -> dict[str, Any] | None:
+    """How to load an engine: with the numbers that it had (runs of before wrote "auto" for what the checkpoint had),
+    and from where its folders are now. That they are the same ones is checked by the fingerprint.
+    """
+    if source is None:
+        return None
+    source = dict(source)
+    for key, way in source.pop("ways", {}).items():
+        if not os.path.isdir(source[key]) and (folder / way).is_dir():
+            source[key] = str((folder / way).absolute())
+    if source.get("dtype") == "auto":
+        source["dtype"] = fingerprint.rpartition(":")[2].partition("/")[0]
+    return source
+
+
+def _embedder(made: dict[str, Any] | None, folder: Path) -> dict[str, Any] | None:
+    return made and made | {"source": _arguments(made["source"], made["fingerprint"], folder)}
 
 
 def _graph(folder: Path, manifest: dict[str, Any]) -> HNSWIndex | None:

@@ -41,7 +41,7 @@ class Updated(Served):
 
     def knows(self, user_id: str) -> bool:
         """Whether the model was given this user's events, at the fit or since."""
-        return user_id in self._behaviours or user_id in self.log.user_index
+        return str(user_id) in self._behaviours or str(user_id) in self.log.user_index
 
     def user_ids(self) -> list[str]:
         """All whom ``knows`` knows: those of the fit, then those who came since, in the order of their first event."""

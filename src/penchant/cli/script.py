@@ -48,6 +48,7 @@ def script(main: Callable[..., None]) -> None:
             sys.exit(2)
         if not disk_full(error):
             raise
-        err.print(f"error: stdout: no room to write it ({error})\n  remedy: free disk space and run it again")
+        where = error.filename or "stdout"
+        err.print(f"error: {where}: no room to write it ({error})\n  remedy: free disk space and run it again")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain once more when it flushes at its end
         sys.exit(2)

@@ -33,6 +33,14 @@ def resolve_adapter(adapter: str | Path) -> Path:
     return _resolve(adapter, "adapter")
 
 
+def lasting(given: str | Path, folder: Path) -> str:
+    """A name as it is, and a folder by its absolute path: a run is opened from other places than it was fitted at.
+
+    ``folder`` is what the name was resolved to.
+    """
+    return str(folder.absolute() if Path(given) == folder else given)
+
+
 def _resolve(name: str | Path, kind: Literal["model", "adapter"]) -> Path:
     if os.path.isdir(name):
         return Path(name)

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from penchant.engine.adapters import merged_folder, require_own_base, with_adapter
 from penchant.engine.device import DType, resolve_device, resolve_dtype, warn_of_emulation
-from penchant.engine.folders import fingerprint_of, require_weights, resolve_adapter, resolve_model
+from penchant.engine.folders import fingerprint_of, lasting, require_weights, resolve_adapter, resolve_model
 from penchant.engine.weights import load_tokenizer, load_weights, not_loaded
 from penchant.errors import ConfigError
 
@@ -74,8 +74,8 @@ def load_engine(
     require_weights(folder)
     adapter_folder = None if adapter is None else resolve_adapter(adapter)
     source = {
-        "model": _lasting(model, folder),
-        "adapter": None if adapter is None or adapter_folder is None else _lasting(adapter, adapter_folder),
+        "model": lasting(model, folder),
+        "adapter": None if adapter is None or adapter_folder is None else lasting(adapter, adapter_folder),
         "device": device,
         "backend": backend,
     }
@@ -99,11 +99,6 @@ def load_engine(
         max_batch_tokens=max_batch_tokens,
         source=source | {"dtype": numbers},
     )
-
-
-def _lasting(given: str | Path, folder: Path) -> str:
-    """A name as it is, and a folder by its absolute path: a run is opened from other places than it was fitted at."""
-    return str(folder.absolute() if Path(given) == folder else given)
 
 
 def _load_vllm(

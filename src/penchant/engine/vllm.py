@@ -29,7 +29,7 @@ from penchant.engine.adapters import check_request, kept_adapter
 from penchant.engine.asking import Ask, Known
 from penchant.engine.base import Continuation, Generation, Pooling, Progress
 from penchant.engine.common import Limits, check_finite, check_pooling, check_search, encoded, paired, searches
-from penchant.engine.folders import resolve_adapter
+from penchant.engine.folders import lasting, resolve_adapter
 from penchant.engine.search import Search
 from penchant.engine.vllm_options import VllmOptions
 from penchant.engine.vllm_runner import Counts, Lora, Runner
@@ -124,7 +124,7 @@ class VllmEngine:
         engine = copy.copy(self)
         base, _, dtype = self.fingerprint.partition(":")
         engine.fingerprint = f"{base}+{kept.name}:{dtype}"
-        engine.source = None if self.source is None else self.source | {"adapter": str(adapter)}
+        engine.source = None if self.source is None else self.source | {"adapter": lasting(adapter, folder)}
         engine._lora = self._runners.lora(kept)
         return engine
 
