@@ -50,7 +50,6 @@ def test_a_seed_of_the_command_line_counts_once(benchmark: ModuleType, tmp_path:
     [
         ["eval/benchmark.py", "nobodys"],
         ["eval/memorisation.py", "nowhere"],
-        ["eval/speed/training.py", "--data", "nowhere"],
     ],
     ids=lambda arguments: Path(arguments[0]).stem,
 )
