@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -558,21 +559,31 @@ def test_saving_over_a_run_loses_no_update(model: Recommender, tmp_path: Path) -
     assert len(Recommender.load(run).live) == 4
 
 
+def while_saving(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Do some work when a run is all but written."""
+
+    def slow(path: Path, value: Any) -> None:
+        if path.name == "manifest.json":
+            work()
+        write_json(path, value)
+
+    monkeypatch.setattr("penchant.run_folder.write_json", slow)
+
+
+def refused(model: Recommender, heard: list[str]) -> None:
+    """An update that another process's lock keeps out."""
+    with pytest.raises(StorageError, match="another process is updating") as caught:
+        model.update("u1", [{"item_id": "3"}])
+    heard.append(str(caught.value))
+
+
 def test_a_run_takes_no_update_while_another_is_written_in_its_place(
     model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     model.save(run)
     serving, heard = Recommender.load(run, Asked()), list[str]()
-
-    def slow(path: Path, value: Any) -> None:
-        if path.name == "manifest.json":
-            with pytest.raises(StorageError, match="another process is updating") as caught:
-                serving.update("u1", [{"item_id": "3"}])
-            heard.append(str(caught.value))
-        write_json(path, value)
-
-    monkeypatch.setattr("penchant.run_folder.write_json", slow)
+    while_saving(monkeypatch, lambda: refused(serving, heard))
     dataclasses.replace(model, live=[]).save(run)
     assert len(heard) == 1
     with pytest.raises(StorageError, match="was replaced"):
@@ -599,12 +610,7 @@ def test_an_update_of_another_model_of_this_process_while_a_run_is_written(
     model.save(run)
     model.update("u1", [{"item_id": "3"}])
     tuned = model.with_ranker(Asked())
-
-    def slow(path: Path, value: Any) -> None:
-        model.update("u1", [{"item_id": "4"}])
-        write_json(path, value)
-
-    monkeypatch.setattr("penchant.run_folder.write_json", slow)
+    while_saving(monkeypatch, lambda: model.update("u1", [{"item_id": "4"}]))
     with pytest.raises(StorageError, match="came after the fit"):
         tuned.save(run)
     assert len(Recommender.load(run).live) == 2
@@ -630,9 +636,7 @@ def test_a_run_that_was_replaced_while_its_lock_was_got_is_locked_anew(
 ) -> None:
     run, lock = tmp_path / "run", fcntl.flock
     model.save(run)
-    other = dataclasses.replace(model)
-    other.use_engine(Asked())
-    calls = list[int]()
+    calls, heard = list[int](), list[str]()
 
     def late(handle: Any, operation: int) -> None:
         calls.append(operation)
@@ -640,13 +644,12 @@ def test_a_run_that_was_replaced_while_its_lock_was_got_is_locked_anew(
             shutil.copytree(run, tmp_path / "new")
             shutil.rmtree(run)
             (tmp_path / "new").rename(run)
-            Recommender.load(run, Asked()).update("u1", [{"item_id": "3"}])
         lock(handle, operation)
 
     monkeypatch.setattr("penchant.journal.fcntl.flock", late)
-    with pytest.raises(StorageError, match="came after the fit"):
-        other.save(run)
-    assert len(Recommender.load(run).live) == 1
+    while_saving(monkeypatch, lambda: refused(Recommender.load(run, Asked()), heard))
+    dataclasses.replace(model).save(run)
+    assert len(heard) == 1
 
 
 def test_a_fork_and_its_parent_do_not_both_append(tmp_path: Path) -> None:

@@ -208,6 +208,11 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def is_text(text: str) -> bool:
+    """Whether a file can hold it: Python's texts may have half a surrogate pair, from bytes that were no UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as handle:

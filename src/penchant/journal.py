@@ -44,7 +44,7 @@ class Journal:
     def read(self) -> list[dict[str, Any]]:
         """All records, oldest first; none where there is no file. StorageError where they are another run's."""
         run, records, _ = self._read()
-        if run and self._run and run != self._run:
+        if self._not_ours(run):
             raise StorageError(
                 "holds the updates of another run",
                 where=str(self.path),
@@ -85,6 +85,10 @@ class Journal:
         """Whether this journal has the lock of the file at ``path``."""
         return self._handle is not None and _identity(self._handle.fileno()) == _identity(path)
 
+    def _not_ours(self, run: str) -> bool:
+        """Whether a file says that it is another run's; one of before says nothing, and so does an empty one."""
+        return bool(run and self._run) and run != self._run
+
     def _changed(self, how: str) -> StorageError:
         return StorageError(
             f"{how} by another process since this one opened the run",
@@ -101,27 +105,26 @@ class Journal:
             raise StorageError(
                 f"cannot be written: {error}", where=str(self.path), remedy="check the folder's permissions"
             ) from error
-        try:
-            if not _lock(handle):
+        with ExitStack() as stack:
+            stack.callback(handle.close)
+            try:
+                free = _lock(handle)
+            except OSError as error:
+                raise StorageError(
+                    f"cannot be locked: {error}",
+                    where=str(self.path),
+                    remedy="keep a run that is updated on a file system that has locks",
+                ) from error
+            if not free:
                 raise _busy(self.path)
             run, records, self._end = self._read()
-            replaced = self._is is not None and self._is != _identity(handle.fileno())
-            if replaced or (run and self._run and run != self._run):
+            if self._not_ours(run) or (self._is is not None and self._is != _identity(handle.fileno())):
                 raise self._changed("was replaced")
             if self._follows is not None and self._follows != len(records):
                 raise self._changed("was written to")
             handle.truncate(self._end)  # a line cut off by a crash
             handle.seek(self._end)
-        except OSError as error:
-            handle.close()
-            raise StorageError(
-                f"cannot be locked: {error}",
-                where=str(self.path),
-                remedy="keep a run that is updated on a file system that has locks",
-            ) from error
-        except StorageError:
-            handle.close()
-            raise
+            stack.pop_all()
         weakref.finalize(self, handle.close)
         self._handle = handle
         _HOLDERS.add(self)

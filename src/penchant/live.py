@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from penchant.data.reading import as_text
 from penchant.data.times import YEAR_2200
 from penchant.errors import ConfigError, DataError
+from penchant.files import is_text
 from penchant.schema import ITEM, TIME, TITLE, USER, VALUES
 
 Event = Mapping[str, Any]
@@ -179,11 +180,6 @@ def _text(value: Any) -> str | None:
         return VALUES.join(text for one in value if (text := _text(one)) is not None)
     frame = pl.DataFrame({"value": [value]})
     return frame.select(as_text("value", frame.schema["value"], "add_items")).item()
-
-
-def is_text(text: str) -> bool:
-    """Whether a file can hold it: Python's texts may have half a surrogate pair, from bytes that were no UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def packed(vectors: NDArray[np.float32]) -> dict[str, Any]:

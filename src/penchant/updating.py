@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from penchant import schema
 from penchant.errors import ConfigError, DataError
+from penchant.files import is_text
 from penchant.filters import indices
 from penchant.interest.behaviour import Behaviour
 from penchant.interest.vectors import embed_items
 from penchant.journal import Journal
-from penchant.live import Event, LiveEvents, checked_items, is_text, packed, unpacked
+from penchant.live import Event, LiveEvents, checked_items, packed, unpacked
 from penchant.lookup import find_user
 from penchant.run_folder import JOURNAL
 from penchant.serving import Served

@@ -104,9 +104,12 @@ def test_an_answer_that_is_no_number_is_an_error_not_asked_for_ever(
 
 
 def test_a_view_is_loaded_again_with_its_adapter_merged_and_no_room_for_others(
-    stubbed: Stubbed, byte_folder: Path, tmp_path: Path
+    stubbed: Stubbed, byte_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    view = stubbed(max_lora_rank=8, max_num_seqs=4).with_adapter(tiny.save_adapter(byte_folder, tmp_path / "a"))
+    tiny.save_adapter(byte_folder, tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    view = stubbed(max_lora_rank=8, max_num_seqs=4).with_adapter("a")
+    monkeypatch.chdir("/")  # a run is opened from other places than it was fitted at
     again: Any = load_engine(**view.source)
     assert again.fingerprint == view.fingerprint
     _, _, _, options, *_ = again._runners.generating().given

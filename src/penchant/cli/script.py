@@ -12,7 +12,7 @@ import typer
 
 from penchant.cli.console import err
 from penchant.errors import ConfigError, PenchantError, PenchantWarning
-from penchant.files import disk_full
+from penchant.files import disk_full, is_text
 
 _plain_warning = warnings.formatwarning
 
@@ -34,7 +34,7 @@ def script(main: Callable[..., None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # a title that the terminal cannot show is no reason to stop
     try:
         for argument in sys.argv[1:]:
-            if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+            if not is_text(argument):
                 raise ConfigError("not UTF-8", where=f"argument {argument!r}", remedy="rename the file or folder")
         main() if isinstance(main, typer.Typer) else typer.run(main)
     except PenchantError as error:

@@ -72,13 +72,16 @@ def load_engine(
         raise ConfigError(f"options are vLLM's, and the backend is {backend!r}", remedy="give backend='vllm' too")
     folder = resolve_model(model)
     require_weights(folder)
-    adapter_folder = None if adapter is None else resolve_adapter(adapter)
     source = {
         "model": lasting(model, folder),
-        "adapter": None if adapter is None or adapter_folder is None else lasting(adapter, adapter_folder),
+        "adapter": None,
         "device": device,
         "backend": backend,
     }
+    adapter_folder: Path | None = None
+    if adapter is not None:
+        adapter_folder = resolve_adapter(adapter)
+        source["adapter"] = lasting(adapter, adapter_folder)
     fingerprint = "+".join(fingerprint_of(part) for part in (folder, adapter_folder) if part is not None)
     if backend == "vllm":
         return _load_vllm(folder, adapter_folder, fingerprint, dtype, device, options, source)
@@ -154,7 +157,7 @@ def move(model: Any, where: torch.device) -> Any:
     """The model on that device; ConfigError where it can't be there."""
     try:
         return model.to(where)
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
+    except (RuntimeError, NotImplementedError, AssertionError) as error:  # torch asserts that it has CUDA
         raise ConfigError(
             f"cannot move the model to device {str(where)!r}: {error}", remedy="use auto, cpu or cuda"
         ) from error
